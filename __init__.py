@@ -1,0 +1,84 @@
+"""trtbridge: from a PyTorch module to a TensorRT engine, over ONNX, in one call.
+
+The names load when first used, so that ``trtbridge --help`` and the processes that build engines start without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    BackendError,
+    BuildError,
+    CacheError,
+    DynamicShapeError,
+    ExecutionError,
+    ExportError,
+    InputError,
+    ModelFileError,
+    OptionError,
+    PassError,
+    PluginError,
+    TrtBridgeError,
+    UnsupportedOpError,
+)
+
+if TYPE_CHECKING:
+    from .bridge.convert import convert, explain, load, save
+    from .bridge.dims import Dim
+    from .bridge.export import export
+    from .bridge.module import EngineModule
+    from .bridge.options import Options
+    from .passes.default import DEFAULT
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "DEFAULT": ".passes.default",
+    "Dim": ".bridge.dims",
+    "EngineModule": ".bridge.module",
+    "Options": ".bridge.options",
+    "convert": ".bridge.convert",
+    "explain": ".bridge.convert",
+    "export": ".bridge.export",
+    "load": ".bridge.convert",
+    "save": ".bridge.convert",
+}
+
+__all__ = [
+    "DEFAULT",
+    "BackendError",
+    "BuildError",
+    "CacheError",
+    "Dim",
+    "DynamicShapeError",
+    "EngineModule",
+    "ExecutionError",
+    "ExportError",
+    "InputError",
+    "ModelFileError",
+    "OptionError",
+    "Options",
+    "PassError",
+    "PluginError",
+    "TrtBridgeError",
+    "UnsupportedOpError",
+    "convert",
+    "explain",
+    "export",
+    "load",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

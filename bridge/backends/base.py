@@ -1,0 +1,184 @@
+"""What a backend is: the small protocol between the plan and whatever builds and runs engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from ..model import Origin, TensorSpec
+
+Progress = Callable[[str, float], None]
+"""``progress(phase, fraction)``: called while an engine builds; fraction in [0, 1]. Raising KeyboardInterrupt stops."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """An ONNX graph for one engine, with its boundary.
+
+    Attributes:
+        name: unique in the plan ("segment0").
+        proto: the graph; large initializers are external stand-ins, as in `OnnxModel`.
+        weights: their values by name.
+        inputs: the graph's inputs in order, with ranges.
+        outputs: the graph's outputs in order.
+        provenance: origin of every tensor in the graph, for errors.
+    """
+
+    name: str
+    proto: onnx.ModelProto
+    weights: Mapping[str, ir.TensorProtocol]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    provenance: Mapping[str, Origin] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How engines are built.
+
+    Attributes:
+        tf32: let fp32 matrix products and convolutions use TF32 (about 1e-4 relative error). Off as for torch.matmul.
+        optimization_level: TensorRT's builder optimization level, 0 to 5; None takes its default.
+        workspace_bytes: most scratch memory that a layer may use, in bytes; None takes the backend's default.
+        compute_capabilities: for TensorRT-RTX the GPUs to build for, as (8, 9) for 8.9; empty builds for the GPU that
+            is present, or a portable engine where there is none.
+        isolate: parse and build in a child process, so that a crash in the backend ends as a BuildError.
+        timeout_s: most seconds that one engine may take to build (isolated builds only); None for no limit.
+    """
+
+    tf32: bool = False
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+    compute_capabilities: tuple[tuple[int, int], ...] = ()
+    isolate: bool = True
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built segment: opaque bytes and what is known of them.
+
+    Attributes:
+        backend: name of the backend that made it and can load it.
+        parts: named blobs (for TensorRT ``engine.plan``; for ONNX Runtime ``model.onnx`` and ``weights.bin``).
+        info: JSON-ready facts: versions, compute capability, layers (name, type, precision), options used.
+        inputs: binding specs in the order that the executable takes them.
+        outputs: binding specs in the order that the executable returns them.
+    """
+
+    backend: str
+    parts: Mapping[str, bytes | bytearray | memoryview]
+    info: Mapping[str, Any]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(part) for part in self.parts.values())
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that the backend's parser does not take.
+
+    Attributes:
+        node: its name in the graph.
+        op_type: its ONNX op.
+        outputs: its output tensors.
+        reason: the backend's own words.
+        inputs: its inputs' types and shapes.
+        origin: where it comes from.
+    """
+
+    node: str
+    op_type: str
+    outputs: tuple[str, ...]
+    reason: str
+    inputs: tuple[str, ...] = ()
+    origin: Origin = field(default_factory=Origin)
+
+    def __str__(self) -> str:
+        inputs = f" with inputs {', '.join(self.inputs)}" if self.inputs else ""
+        return f"{self.op_type} (node {self.node!r}){inputs}\n    from {self.origin}\n    {self.reason}"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What a backend can do on this machine.
+
+    Attributes:
+        name: the backend.
+        version: of its library, "" where not installed.
+        can_build: it can build engines here.
+        can_run: it can run engines here.
+        reason: why not, and what to do; "" where it can do both.
+        devices: torch device types that its engines run on here ("cuda", "cpu").
+    """
+
+    name: str
+    version: str = ""
+    can_build: bool = False
+    can_run: bool = False
+    reason: str = ""
+    devices: tuple[str, ...] = ()
+
+
+class Executable(Protocol):
+    """An engine loaded on a device.
+
+    Calling it takes contiguous tensors of the binding dtypes on ``device``, in the order of ``Engine.inputs``, and
+    returns fresh tensors in the order of ``Engine.outputs``. It enqueues on torch's current stream and may return
+    before the work is done; on a CPU it returns when done. Safe to call from several threads.
+    """
+
+    device: torch.device
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...
+
+
+class Backend(Protocol):
+    """Builds engines from segments and loads them."""
+
+    name: str
+
+    def status(self) -> BackendStatus:
+        """What it can do here. Never raises."""
+        ...
+
+    def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
+        """Ask the parser alone: every node that it refuses, empty where it takes all.
+
+        Raises:
+            BackendError: not installed, or cannot build here.
+            BuildError: the parser died.
+        """
+        ...
+
+    def build(self, segment: Segment, options: BuildOptions, progress: Progress | None = None) -> Engine:
+        """Build an engine.
+
+        Raises:
+            BackendError: not installed, or cannot build here.
+            UnsupportedOpError: the parser refuses nodes; all of them are named.
+            BuildError: the builder failed, died or ran out of time.
+        """
+        ...
+
+    def load(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> Executable:
+        """Make an engine ready to run on a device.
+
+        Args:
+            engine: built by this backend.
+            device: where it runs.
+            cache_dir: folder for what is compiled at load time (TensorRT-RTX's JIT kernels); None keeps nothing.
+
+        Raises:
+            BackendError: not installed, no such device, or the engine was built for another GPU or version.
+        """
+        ...

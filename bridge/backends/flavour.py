@@ -1,0 +1,139 @@
+"""TensorRT and TensorRT-RTX: the same API under two module names. All that differs between them stands here.
+
+This is the one place that imports either. Code that uses the API writes
+
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.module()
+
+and is type-checked once against each flavour and version (scripts/typecheck.py puts that flavour's stubs under the name
+``tensorrt``). Where a name exists in RTX alone, the function that uses it begins with
+
+    if TYPE_CHECKING and not RTX:
+        return
+
+which type checkers of the other runs take as its end and the running program never does.
+
+Nothing here imports torch: the process that builds engines stays small.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import BackendError, OptionError
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+    RTX = False  # for type checkers alone, set by scripts/typecheck.py: true where ``tensorrt`` stands for TensorRT-RTX
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the two libraries.
+
+    Attributes:
+        name: backend name and Python module.
+        title: its name for people.
+        extra: what to install it with.
+        builds_without_gpu: engines can be compiled ahead of time on any machine.
+        jit: kernels are compiled when an engine first runs, and can be kept.
+    """
+
+    name: str
+    title: str
+    extra: str
+    builds_without_gpu: bool
+    jit: bool
+
+    @property
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec(self.name) is not None
+
+    def module(self) -> Any:
+        """The library's Python module.
+
+        Raises:
+            BackendError: it is not installed, or cannot be loaded.
+        """
+        try:
+            return importlib.import_module(self.name)
+        except ImportError as error:
+            if not self.is_installed:
+                raise BackendError(
+                    f"The backend {self.name!r} is not installed. Install {self.title} with: "
+                    f"pip install 'trtbridge[{self.extra}]'"
+                ) from error
+            raise BackendError(f"{self.title} is installed but cannot be loaded: {error}") from error
+
+
+FLAVOURS = {
+    "tensorrt": Flavour("tensorrt", "TensorRT", "tensorrt", builds_without_gpu=False, jit=False),
+    "tensorrt_rtx": Flavour("tensorrt_rtx", "TensorRT-RTX", "rtx", builds_without_gpu=True, jit=True),
+}
+
+
+def target_gpus(
+    flavour: Flavour, config: trt.IBuilderConfig, capabilities: Sequence[tuple[int, int]], gpu_present: bool
+) -> None:
+    """Choose the GPUs that an RTX engine is compiled for: those named, else the one present, else all that it knows.
+
+    Raises:
+        OptionError: TensorRT-RTX knows no such compute capability, or the flavour takes none.
+    """
+    if not flavour.jit:
+        if capabilities:
+            raise OptionError(
+                "compute_capabilities is for TensorRT-RTX; TensorRT builds for the GPU that is present. "
+                'Leave it out or use backend="tensorrt_rtx".'
+            )
+        return
+    if TYPE_CHECKING and not RTX:
+        return
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.module()
+    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
+    wanted = []
+    for major, minor in capabilities:
+        if f"SM{major}{minor}" not in known:
+            raise OptionError(
+                f"compute_capabilities: {flavour.name} {trt.__version__} cannot build for {major}.{minor}; "
+                f"it knows {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}. On such a GPU leave the option out."
+            )
+        wanted.append(known[f"SM{major}{minor}"])
+    if not wanted and gpu_present:
+        wanted = [trt.ComputeCapability.CURRENT]
+    if wanted:  # without any the engine is portable
+        config.num_compute_capabilities = len(wanted)
+        for index, capability in enumerate(wanted):
+            config.set_compute_capability(capability, index)
+
+
+class JitCache:
+    """The kernels that TensorRT-RTX compiled for one engine, as bytes that a later process can start from."""
+
+    def __init__(self, flavour: Flavour, engine: trt.ICudaEngine, blob: bytes | None) -> None:
+        self.config: trt.IRuntimeConfig | None = None
+        if not flavour.jit:
+            return
+        if TYPE_CHECKING and not RTX:
+            return
+        self.config = engine.create_runtime_config()
+        self._cache = self.config.create_runtime_cache()
+        if blob:  # a blob of another version is refused by the library itself and simply not used
+            self._cache.deserialize(blob)
+        self.config.set_runtime_cache(self._cache)
+
+    def serialize(self) -> bytes:
+        """What was compiled so far; empty where there is no such cache."""
+        if TYPE_CHECKING and not RTX:
+            return b""
+        return b"" if self.config is None else bytes(self._cache.serialize())

@@ -1,0 +1,247 @@
+"""Parses and builds one engine with TensorRT or TensorRT-RTX; the body of the process that `tensorrt.py` starts.
+
+Both libraries can take the whole process down on some graphs, so this runs as
+``python -m trtbridge.bridge.backends.trt_build JOB_FOLDER`` and talks in lines of JSON on standard output. It imports
+no torch: it starts quickly and returns all memory when done.
+
+The job folder holds ``job.json`` (`Job`), ``model.onnx`` and ``weights.bin``; ``result.json`` (`Outcome`) and
+``engine.plan`` are left in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import TrtBridgeError
+from .flavour import FLAVOURS, Flavour, target_gpus
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to build.
+
+    Attributes:
+        flavour: "tensorrt" or "tensorrt_rtx".
+        parse_only: ask the parser alone.
+        weights: (name, offset, size) of each weight in weights.bin, in bytes.
+        inputs: (name, [[min, opt, max] of each dimension]) of each input.
+        tf32, optimization_level, workspace_bytes, compute_capabilities: as in `BuildOptions`.
+        gpu_present: whether a CUDA device can be used.
+    """
+
+    flavour: str
+    parse_only: bool
+    weights: list[tuple[str, int, int]]
+    inputs: list[tuple[str, list[tuple[int, int, int]]]]
+    tf32: bool
+    optimization_level: int | None
+    workspace_bytes: int | None
+    compute_capabilities: list[tuple[int, int]]
+    gpu_present: bool
+
+
+@dataclass
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        refusals: the parser's errors, each with node index, name, op and words.
+        error: why there is no engine, "" where there is one.
+        messages: the library's warnings and errors, the last hundred.
+        layers: name, type and output dtypes of each layer of the network as parsed.
+        version: of the library.
+    """
+
+    refusals: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
+    messages: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    version: str = ""
+
+
+def run_job(folder: Path, report: Report) -> Outcome:
+    """Parse, and unless the job says otherwise build; the engine is left in ``folder / "engine.plan"``.
+
+    Args:
+        folder: the job folder.
+        report: called with (phase, fraction done) while building.
+    """
+    job = Job(**json.loads((folder / "job.json").read_text()))
+    outcome = Outcome()
+    try:
+        _run(job, folder, report, outcome)
+    except TrtBridgeError as error:
+        outcome.error = str(error)
+    return outcome
+
+
+def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
+    flavour = FLAVOURS[job.flavour]
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.module()
+    outcome.version = trt.__version__
+    logger = _make_logger(flavour, outcome)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    # The weights must outlive the build: TensorRT reads them where they lie.
+    weights = np.memmap(folder / "weights.bin", np.uint8, "r") if job.weights else np.empty(0, np.uint8)
+    report("Parsing", 0.0)
+    parsed = parser.load_model_proto((folder / "model.onnx").read_bytes())
+    for name, offset, size in job.weights:
+        parsed = parsed and parser.load_initializer(name, weights.ctypes.data + offset, size)
+    parsed = parsed and parser.parse_model_proto()
+    if not parsed:
+        for index in range(parser.num_errors):
+            error = parser.get_error(index)
+            outcome.refusals.append(
+                {
+                    "index": error.node(),
+                    "name": error.node_name(),
+                    "op": error.node_operator(),
+                    "reason": f"{error.desc()} [{error.code().name}, {error.func()}]",
+                }
+            )
+        outcome.error = "the parser refuses the graph"
+        return
+    if job.parse_only:
+        return
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        dtypes = [layer.get_output(i).dtype.name for i in range(layer.num_outputs)]
+        outcome.layers.append({"name": layer.name, "type": layer.type.name, "dtypes": dtypes})
+
+    config = builder.create_builder_config()
+    if job.tf32:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if job.optimization_level is not None:
+        config.builder_optimization_level = job.optimization_level
+    if job.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+    target_gpus(flavour, config, job.compute_capabilities, job.gpu_present)
+    config.progress_monitor = _make_monitor(flavour, report)
+    problem = _add_profile(builder, network, config, dict(job.inputs))
+    if problem:
+        outcome.error = problem
+        return
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        outcome.error = "the builder failed"
+        return
+    with (folder / "engine.plan").open("wb") as file:
+        file.write(memoryview(engine))
+
+
+def _add_profile(
+    builder: trt.Builder,
+    network: trt.INetworkDefinition,
+    config: trt.IBuilderConfig,
+    ranges: dict[str, list[tuple[int, int, int]]],
+) -> str:
+    """Give every dynamic input its range; returns what is wrong, or ""."""
+    profile = builder.create_optimization_profile()
+    dynamic = False
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if tensor.is_shape_tensor:
+            return f"input {tensor.name!r} is used as a shape, whose values have no range; make it a Python number"
+        sizes = ranges[tensor.name]
+        if any(low != high for low, _, high in sizes):
+            dynamic = True
+            low, opt, high = (tuple(size[i] for size in sizes) for i in range(3))
+            profile.set_shape(tensor.name, low, opt, high)
+    if dynamic:
+        config.add_optimization_profile(profile)
+    return ""
+
+
+def _make_logger(flavour: Flavour, outcome: Outcome) -> trt.ILogger:
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.module()
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR, trt.ILogger.WARNING):
+                outcome.messages.append(f"{severity.name}: {msg}")
+                del outcome.messages[:-100]
+
+    return Logger()
+
+
+def _make_monitor(flavour: Flavour, report: Report) -> trt.IProgressMonitor:
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.module()
+
+    class Monitor(trt.IProgressMonitor):
+        """Nested phases with steps, made into one fraction."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, list[Any]] = {}  # name → [parent, steps, done]
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: Any) -> None:
+            self.phases[phase_name] = [parent_phase, max(1, int(num_steps)), 0]
+            report(phase_name, self.fraction(phase_name))
+
+        def phase_finish(self, phase_name: str) -> None:
+            parent = self.phases.pop(phase_name, [None])[0]
+            report(parent or "Finishing", self.fraction(parent) if parent else 1.0)
+
+        def step_complete(self, phase_name: str, step: Any) -> bool:
+            if phase_name in self.phases:
+                self.phases[phase_name][2] = int(step) + 1
+                report(phase_name, self.fraction(phase_name))
+            return True
+
+        def fraction(self, phase_name: str | None) -> float:
+            done = 0.0
+            while phase_name in self.phases:
+                parent, steps, finished = self.phases[phase_name]
+                done = min(1.0, (finished + done) / steps)
+                phase_name = parent
+            return done
+
+    return Monitor()
+
+
+def main() -> None:
+    """Run the job folder named on the command line."""
+    folder = Path(sys.argv[1])
+    # The libraries print where they like: what they write to standard output goes to standard error.
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def report(phase: str, fraction: float) -> None:
+        print(json.dumps([phase, round(fraction, 4)]), file=lines)
+
+    outcome = run_job(folder, report)
+    (folder / "result.json").write_text(json.dumps(dataclasses.asdict(outcome)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What is kept on disk between processes: kernels that TensorRT-RTX compiles when an engine first runs.
+
+The folder is ``cache_dir`` of convert() and load(), else ``$TRTBRIDGE_CACHE_DIR``, else the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+import torch
+
+from ..errors import CacheError
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "TRTBRIDGE_CACHE_DIR"
+
+
+def resolve_cache_dir(cache_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The folder to keep things in, made if need be.
+
+    Args:
+        cache_dir: the folder asked for; None for the default one.
+
+    Returns:
+        The folder; None where nobody asked for one and the default cannot be written (a read-only home).
+
+    Raises:
+        CacheError: the folder asked for, by argument or environment, cannot be made or written.
+    """
+    asked = cache_dir if cache_dir is not None else os.environ.get(ENVIRONMENT_VARIABLE)
+    folder = Path(asked) if asked else Path(platformdirs.user_cache_dir("trtbridge", appauthor=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        if asked:
+            raise CacheError(
+                f"The cache folder {folder} cannot be written: {error}. Choose another with cache_dir= or "
+                f"${ENVIRONMENT_VARIABLE}."
+            ) from error
+        logger.info("no cache: %s cannot be written (%s)", folder, error)
+        return None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or the whole new one."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+class JitCacheFile:
+    """The file of one engine's compiled kernels.
+
+    Args:
+        folder: the cache folder; None keeps nothing.
+        plan: the engine; its content and the GPU name the file.
+        version: library and version.
+    """
+
+    def __init__(self, folder: Path | None, plan: bytes | bytearray | memoryview, version: str) -> None:
+        self._path: Path | None = None
+        self._lock = threading.Lock()
+        self._calls_left = 2  # kernels are compiled in the first calls
+        if folder is not None:
+            digest = hashlib.sha256(plan)
+            digest.update(f"{version}|{torch.cuda.get_device_name()}".encode())
+            self._path = folder / "jit" / f"{digest.hexdigest()}.bin"
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> bytes | None:
+        """The kernels kept, None where there are none."""
+        if self._path is None or not self._path.exists():
+            return None
+        return self._path.read_bytes()
+
+    def update(self, serialize: Callable[[], bytes]) -> None:
+        """Keep what was compiled; called after each call, writes after the first few alone."""
+        if self._path is None or self._calls_left == 0:
+            return
+        with self._lock:
+            if self._calls_left == 0:
+                return
+            self._calls_left -= 1
+            data = serialize()
+            if data and (not self._path.exists() or self._path.stat().st_size != len(data)):
+                try:
+                    write_atomically(self._path, data)
+                except OSError as error:  # a full disk must not fail a call that has succeeded
+                    logger.warning("compiled kernels were not kept: %s", error)

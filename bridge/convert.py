@@ -1,0 +1,287 @@
+"""The pipeline: export, passes, partition, build, run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from ..errors import InputError, OptionError
+from ..passes.pipeline import PassReport
+from .backends import choose_backend
+from .backends.base import Backend, Progress, Refusal
+from .cache import resolve_cache_dir
+from .dtypes import to_torch
+from .export import export
+from .model import TensorSpec
+from .module import EngineModule, pick_device
+from .onnx_file import read_onnx
+from .options import Options
+from .partition import partition
+from .plan import Plan, PluginCall
+from .program import EngineStep, Program, Step
+
+logger = logging.getLogger(__name__)
+
+Model = torch.nn.Module | str | os.PathLike[str]
+
+
+@dataclass
+class Stages:
+    """Seconds spent in each stage, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    progress: Progress | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and announce it."""
+        if self.progress is not None:
+            self.progress(name, 0.0)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.perf_counter() - started, 4)
+        logger.info("%s took %.2f s", name, self.seconds[name])
+        if self.progress is not None:
+            self.progress(name, 1.0)
+
+
+def convert(
+    model: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    backend: str = "auto",
+    **options: Any,
+) -> EngineModule:
+    """Turn a module, or an .onnx file, into engines that are called as the original was.
+
+    The module is exported in eval mode and left as it was found. What ``args`` and ``kwargs`` hold beside tensors is
+    fixed at its value. Ops that ONNX cannot express run as plugins between the engines.
+
+    Args:
+        model: an nn.Module on CPU or CUDA, in any floating dtype, or the path of an .onnx file.
+        args: example positional arguments: tensors of shapes within ``dynamic_shapes``; none for a file.
+        kwargs: example keyword arguments; none for a file.
+        dynamic_shapes: which dimensions vary, as for torch.export: by argument name, or in order, following nested
+            arguments; ``{"x": {0: Dim("batch", min=1, opt=8, max=32)}}``. All others are static.
+        backend: "tensorrt", "tensorrt_rtx", "onnxruntime", or "auto" for the first of these that is installed and can
+            build here.
+        options: see `Options`.
+
+    Returns:
+        A module that runs the engines. Its ``program.info`` tells the seconds of each stage and the backend's version.
+
+    Raises:
+        TrtBridgeError: with subclasses `OptionError`, `InputError`, `DynamicShapeError`, `ExportError`,
+            `ModelFileError`, `PassError`, `UnsupportedOpError`, `BuildError`, `BackendError` and `CacheError`.
+    """
+    chosen = Options.make(options)
+    builder, reason = choose_backend(backend)
+    resolve_cache_dir(chosen.cache_dir)  # fails now rather than after minutes of building
+    device = chosen.device
+    if device is None and builder.name == "onnxruntime" and isinstance(model, torch.nn.Module):
+        device = _module_device(model) if "cuda" in builder.status().devices else "cpu"
+    device = pick_device(builder.name, device)
+    stages = Stages(progress=chosen.progress)
+    plan, report = plan_model(model, args, kwargs, dynamic_shapes, chosen, stages)
+    program = build(plan, builder, chosen, stages)
+    info = {
+        "backend_choice": reason,
+        "stage_seconds": stages.seconds,
+        "passes": [{"name": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 4)} for r in report],
+        "opset": chosen.opset,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    return EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)
+
+
+def plan_model(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+    options: Options,
+    stages: Stages,
+) -> tuple[Plan, Sequence[PassReport]]:
+    """Everything before building: export or read, passes, partition."""
+    with stages.stage("export"):
+        if isinstance(model, (str, os.PathLike)):
+            if args or kwargs:
+                raise InputError("An .onnx file brings its own shapes and dtypes: leave args and kwargs out.")
+            if dynamic_shapes is not None and not isinstance(dynamic_shapes, Mapping):
+                raise OptionError("For an .onnx file dynamic_shapes is a dict by input name.")
+            onnx_model = read_onnx(model, dynamic_shapes)
+        else:
+            onnx_model = export(model, args, kwargs, dynamic_shapes=dynamic_shapes, opset=options.opset)
+    with stages.stage("passes"):
+        result = options.passes.run(onnx_model.proto, onnx_model.weights)
+        onnx_model = dataclasses.replace(onnx_model, proto=result.proto, weights=result.weights)
+        logger.debug("%s", result.report)
+    with stages.stage("partition"):
+        plan = partition(onnx_model)
+    return plan, tuple(result.report.passes)
+
+
+def build(plan: Plan, backend: Backend, options: Options, stages: Stages) -> Program:
+    """Build every segment of a plan."""
+    steps: list[Step] = []
+    with stages.stage("build"):
+        count = len(plan.segments)
+        for step in plan.steps:
+            if isinstance(step, PluginCall):
+                steps.append(step)
+                continue
+            done = sum(isinstance(made, EngineStep) for made in steps)
+            steps.append(
+                EngineStep(step.name, backend.build(step, options.build, _share(options.progress, done, count)))
+            )
+        constants = {name: _snapshot(tensor) for name, tensor in plan.constants.items()}
+    return Program(backend.name, tuple(steps), plan.signature, constants, plan.aliases, plan.source)
+
+
+def _share(progress: Progress | None, done: int, count: int) -> Progress | None:
+    """The progress of one engine as a share of all."""
+    if progress is None:
+        return None
+    report = progress
+    return lambda phase, fraction: report(f"build: {phase}", (done + fraction) / count)
+
+
+def _snapshot(tensor: ir.TensorProtocol) -> torch.Tensor:
+    """A copy, so that later changes of the module's weights do not reach the program."""
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, torch.Tensor):
+        return raw.detach().cpu().clone()
+    data = bytearray(tensor.tobytes())
+    dtype = to_torch(tensor.dtype)
+    shape = tensor.shape.numpy()
+    return (
+        torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape)
+        if data
+        else torch.empty(shape, dtype=dtype)
+    )
+
+
+def _module_device(model: torch.nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would become of a model, found without building it.
+
+    Attributes:
+        backend: the backend that was asked.
+        steps: a line a step: segments with their nodes, plugins with their Python lines and reasons.
+        refusals: nodes that the backend's parser does not take, by segment.
+        passes: a line a pass.
+        inputs, outputs: specs.
+    """
+
+    backend: str
+    source: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    steps: tuple[str, ...]
+    refusals: Mapping[str, Sequence[Refusal]]
+    passes: tuple[str, ...]
+
+    @property
+    def converts(self) -> bool:
+        """Whether the parser takes everything that is not a plugin."""
+        return not any(self.refusals.values())
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} on {self.backend}"]
+        lines += [f"  input  {spec}" for spec in self.inputs]
+        lines += [f"  {line}" for line in self.passes]
+        for step in self.steps:
+            lines.append(f"  {step}")
+            name = step.partition(":")[0]
+            lines += ["    refused: " + str(refusal).replace("\n", "\n    ") for refusal in self.refusals.get(name, ())]
+        lines += [f"  output {spec}" for spec in self.outputs]
+        lines.append("  converts" if self.converts else "  does not convert: the parser refuses the nodes above")
+        return "\n".join(lines)
+
+
+def explain(
+    model: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    backend: str = "auto",
+    **options: Any,
+) -> Explanation:
+    """Say what becomes engine, what becomes plugin and why, without building.
+
+    Takes what `convert` takes, and raises the same errors, but `UnsupportedOpError` for what the parser refuses: those
+    nodes are in the result.
+    """
+    chosen = Options.make(options)
+    builder, _ = choose_backend(backend)
+    plan, report = plan_model(model, args, kwargs, dynamic_shapes, chosen, Stages(progress=chosen.progress))
+    refusals: dict[str, Sequence[Refusal]] = {}
+    lines = []
+    for step in plan.steps:
+        if isinstance(step, PluginCall):
+            lines.append(
+                f"plugin {step.op} between segments, because torch.onnx has no translation for it; from {step.origin}"
+            )
+            continue
+        refusals[step.name] = builder.check(step, chosen.build)
+        counts: dict[str, int] = {}
+        for node in step.proto.graph.node:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        listed = ", ".join(f"{count} {op}" for op, count in sorted(counts.items(), key=lambda item: -item[1]))
+        lines.append(f"{step.name}: engine of {sum(counts.values())} nodes ({listed})")
+    passes = tuple(f"pass {r.name}: {r.rewrites} rewrites, {len(r.refusals)} near misses" for r in report)
+    return Explanation(
+        builder.name, plan.source, plan.signature.inputs, plan.signature.outputs, tuple(lines), refusals, passes
+    )
+
+
+def save(module: EngineModule, path: str | os.PathLike[str]) -> None:
+    """Write a converted module to one file: a JSON manifest and raw bytes, no pickle, whole or not at all.
+
+    Raises:
+        ModelFileError: the file cannot be written.
+    """
+    if not isinstance(module, EngineModule):
+        raise InputError(f"save() takes what convert() returned, got {type(module).__name__}.")
+    module.save(path)
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> EngineModule:
+    """Read a module that `save` wrote.
+
+    Args:
+        path: the file.
+        device: where to run; default the backend's own choice.
+        cache_dir: folder for compiled kernels.
+
+    Raises:
+        ModelFileError: no such file, damaged, or no such program.
+        BackendError: the engines cannot run here.
+        PluginError: a plugin op is not registered in this process.
+    """
+    return EngineModule(Program.load(path), device, cache_dir)

@@ -1,0 +1,286 @@
+"""EngineModule: a torch.nn.Module around a running program, called as the original was."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from ..errors import BackendError, InputError, TrtBridgeError
+from .backends import get_backend
+from .cache import resolve_cache_dir
+from .dims import evaluate_size, names_in
+from .dtypes import to_torch
+from .model import Signature, TensorSpec
+from .program import EngineStep, Program
+from .runtime import RunningProgram
+from .structure import child_labels, matches
+
+
+class EngineModule(torch.nn.Module):
+    """A converted module: same arguments, same structure of results.
+
+    It has no parameters and no gradients, and ``state_dict()`` is empty. Calls from several threads may overlap; on
+    CUDA the work is enqueued on torch's current stream. ``copy.deepcopy`` shares the engines.
+
+    Args:
+        program: what it runs.
+        device: where; None for the backend's own choice (the current CUDA device, or the CPU).
+        cache_dir: folder for compiled kernels; None for the default one.
+
+    Raises:
+        BackendError: the engines cannot run on that device.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        device: torch.device | str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.program = program
+        self.device = pick_device(program.backend, device)
+        self._cache_dir = cache_dir
+        self._cache_folder: Path | None = resolve_cache_dir(cache_dir)
+        self._checker = InputChecker(program.signature, self.device)
+        self._running: RunningProgram | None = None
+        self._load_lock = threading.Lock()
+        self.training = False
+        if self.device.type != "cuda" or torch.cuda.is_available():
+            self._load()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the engines.
+
+        Args:
+            args, kwargs: as the original takes them, tensors on ``self.device`` with the dtypes, ranks and ranges of
+                ``self.program.signature``.
+
+        Returns:
+            What the original returns: the same structure, fresh tensors.
+
+        Raises:
+            InputError: an argument does not fit; the message names each that does not and what was expected.
+            BackendError: there is no device here to run on.
+            ExecutionError: the backend or a plugin op failed.
+        """
+        running = self._running or self._load()
+        tensors = self._checker(args, kwargs)
+        return self.program.signature.output_structure.unflatten(running(tensors))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the program to one file; see `Program.save`."""
+        self.program.save(path)
+
+    def inspect(self) -> str:
+        """What it runs, as text: inputs, steps with sizes and layers, plugins with their Python lines, outputs."""
+        return describe(self.program)
+
+    def extra_repr(self) -> str:
+        engines, plugins = self.program.engines, self.program.plugin_calls
+        size = self.program.size_bytes / 2**20
+        parts = [f"{self.program.source}, backend={self.program.backend}, device={self.device}"]
+        parts.append(f"{len(engines)} engine(s), {size:.1f} MiB, {len(plugins)} plugin call(s)")
+        return ", ".join(parts)
+
+    def _load(self) -> RunningProgram:
+        with self._load_lock:
+            if self._running is None:
+                self._running = RunningProgram(self.program, self.device, self._cache_folder)
+            return self._running
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> EngineModule:
+        # .to(), .cuda(), .half() of this module or of one that contains it all come here.
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            return self
+        probe = torch.empty(0, device=self.device)
+        moved = fn(probe)
+        if moved.device != probe.device:
+            raise TrtBridgeError(
+                f"An EngineModule cannot move from {self.device} to {moved.device}: its engines are on one device. "
+                f'Load a copy there: save it with tb.save(module, path), then tb.load(path, device="{moved.device}").'
+            )
+        if moved.dtype != probe.dtype:
+            raise TrtBridgeError(
+                f"An EngineModule cannot change to {moved.dtype}: its precision was fixed when it was built. "
+                "Convert a module of that dtype."
+            )
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineModule:
+        copied = EngineModule(self.program, self.device, self._cache_dir)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TrtBridgeError(
+            "An EngineModule is not pickled: write it with tb.save(module, path), read it with tb.load(path)."
+        )
+
+
+def pick_device(backend: str, device: torch.device | str | None) -> torch.device:
+    """The device to run on, with its index where it is there.
+
+    Raises:
+        BackendError: the device is of a kind that the backend does not run on, or is not there.
+    """
+    if device is None:
+        cuda = backend != "onnxruntime" or "cuda" in get_backend(backend).status().devices
+        device = "cuda" if cuda and (backend != "onnxruntime" or torch.cuda.is_available()) else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise BackendError(
+                f"There is no device cuda:{index}; torch sees {torch.cuda.device_count()} CUDA device(s)."
+            )
+        return torch.device("cuda", index)
+    if device.type == "cpu" and backend != "onnxruntime":
+        raise BackendError(
+            f"The backend {backend!r} runs on CUDA devices only, not on {device}; use backend='onnxruntime'."
+        )
+    return device
+
+
+class InputChecker:
+    """Binds the arguments of a call and checks them against a signature, all of them before complaining."""
+
+    def __init__(self, signature: Signature, device: torch.device) -> None:
+        self._signature = signature
+        self._device = device
+        positional, keyword = signature.input_structure.children
+        self._positional, self._keyword = positional, keyword
+        self._leaves = [
+            _Leaf(label, spec, signature) for label, spec in zip(signature.labels, signature.inputs, strict=True)
+        ]
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        tensors: list[Any] = []
+        values = self._bind(args, kwargs)
+        structures = [*self._positional.children, *self._keyword.children]
+        names = [*self._signature.parameters, *self._keyword.keys]
+        for name, value, structure in zip(names, values, structures, strict=True):
+            matches(value, structure, name, tensors)
+        problems: list[str] = []
+        sizes: dict[str, tuple[int, str]] = {}
+        for leaf, tensor in zip(self._leaves, tensors, strict=True):
+            problem = leaf.check(tensor, self._device, sizes)
+            if problem:
+                problems.append(problem)
+        if problems:
+            raise InputError("\n".join(problems))
+        return tensors
+
+    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        """The values of all arguments in order; positional ones may come by name."""
+        parameters, keys = self._signature.parameters, self._keyword.keys
+        if len(args) == len(parameters) and len(kwargs) == len(keys) and all(key in kwargs for key in keys):
+            return [*args, *(kwargs[key] for key in keys)]
+        names = [*parameters, *keys]
+        if len(args) > len(names):
+            raise InputError(f"Takes {len(names)} argument(s) ({', '.join(names)}), got {len(args)}.")
+        given = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name in given:
+                raise InputError(f"Argument {name!r} is given twice, by position and by name.")
+            given[name] = value
+        missing = [name for name in names if name not in given]
+        extra = [name for name in given if name not in names]
+        if missing or extra:
+            raise InputError(
+                f"Takes the arguments that it was converted with: {', '.join(names)};"
+                + (f" missing {', '.join(missing)}" if missing else "")
+                + (f" unexpected {', '.join(extra)}: convert with an example of it to use it" if extra else "")
+                + "."
+            )
+        return [given[name] for name in names]
+
+
+class _Leaf:
+    """The checks of one input tensor."""
+
+    def __init__(self, label: str, spec: TensorSpec, signature: Signature) -> None:
+        self.label = label
+        self.spec = spec
+        self.dtype = to_torch(spec.dtype)
+        self.fixed = tuple((axis, size) for axis, size in enumerate(spec.shape) if isinstance(size, int))
+        self.named: list[tuple[int, str, int, int]] = []  # axis, dim, scale, offset
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, str):
+                (name,) = names_in(size)
+                offset = evaluate_size(size, {name: 0})
+                self.named.append((axis, name, evaluate_size(size, {name: 1}) - offset, offset))
+        self.dims = signature.dims
+
+    def check(self, tensor: Any, device: torch.device, sizes: dict[str, tuple[int, str]]) -> str:
+        """What is wrong with a tensor, or "". Sizes of named dims are gathered over all inputs."""
+        if not isinstance(tensor, torch.Tensor):
+            return f"Input {self.label}: expected a tensor {self._expected()}, got {type(tensor).__name__}."
+        if tensor.dtype != self.dtype:
+            return f"Input {self.label}: expected {self.dtype}, got {tensor.dtype}; convert it with .to({self.dtype})."
+        if tensor.device != device:
+            return f'Input {self.label}: expected it on {device}, got {tensor.device}; move it with .to("{device}").'
+        shape = tensor.shape
+        if len(shape) != len(self.spec.shape):
+            rank = len(self.spec.shape)
+            return f"Input {self.label}: expected rank {rank} {self._expected()}, got shape {tuple(shape)}."
+        for axis, size in self.fixed:
+            if shape[axis] != size:
+                return (
+                    f"Input {self.label}: expected size {size} in dimension {axis} {self._expected()}, got shape "
+                    f"{tuple(shape)}; that dimension was static in convert(): give it a tb.Dim in dynamic_shapes."
+                )
+        for axis, name, scale, offset in self.named:
+            value, remainder = divmod(shape[axis] - offset, scale)
+            low, _, high = self.dims[name]
+            if remainder or not low <= value <= high:
+                return (
+                    f"Input {self.label}: dimension {axis} is {self.spec.shape[axis]} with {name} from {low} to "
+                    f"{high}, got {shape[axis]} in shape {tuple(shape)}; convert with a wider tb.Dim to take it."
+                )
+            seen, place = sizes.setdefault(name, (value, self.label))
+            if seen != value:
+                where = f"{value} in dimension {axis}, but {seen} in {place}"
+                return f"Input {self.label}: {name} is {where}; they must agree."
+        return ""
+
+    def _expected(self) -> str:
+        return f"of {self.spec}".replace(f"{self.spec.name}: ", "")
+
+
+def describe(program: Program) -> str:
+    """A program as text."""
+    lines = [f"{program.source or 'program'} on {program.backend}, {program.size_bytes / 2**20:.1f} MiB"]
+    signature = program.signature
+    for label, spec in zip(signature.labels, signature.inputs, strict=True):
+        ranges = ", ".join(
+            f"{n} in [{r[0]}, {r[2]}], tuned for {r[1]}" for n, r in signature.dims.items() if n in str(spec.shape)
+        )
+        lines.append(f"  input {label}: {str(spec).split(': ', 1)[1]}" + (f"  ({ranges})" if ranges else ""))
+    for step in program.steps:
+        if isinstance(step, EngineStep):
+            info = step.engine.info
+            version = f" {info['version']}" if "version" in info else ""
+            target = f" for {info['target']}" if "target" in info else ""
+            layers = f", {len(info['layers'])} layers" if info.get("layers") else ""
+            size = f"{step.engine.size_bytes / 2**20:.1f} MiB"
+            lines.append(f"  {step.name}: engine of {size}{layers}, {program.backend}{version}{target}")
+        else:
+            lines.append(f"  plugin {step.op} from {step.origin}")
+    lines += [f"  output {spec}" for spec in signature.outputs]
+    constants = [f"{label}={value!r}" for label, value in _fixed(signature) if value is not None]
+    if constants:
+        lines.append(f"  fixed arguments: {', '.join(constants)}")
+    return "\n".join(lines)
+
+
+def _fixed(signature: Signature) -> list[tuple[str, Any]]:
+    positional, keyword = signature.input_structure.children
+    names = [*signature.parameters, *child_labels(keyword, "")]
+    parts = [*positional.children, *keyword.children]
+    return [pair for name, part in zip(names, parts, strict=True) for pair in part.constants(name)]

@@ -1,0 +1,213 @@
+"""From an .onnx file to an `OnnxModel`: shapes from the file, ranges by input name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import google.protobuf.message
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+
+from ..errors import DynamicShapeError, ModelFileError
+from .dims import DerivedDim, Dim, Range, Size, names_in
+from .model import (
+    INLINE_LIMIT_BYTES,
+    ORIGIN_KEY,
+    OnnxModel,
+    Origin,
+    Signature,
+    TensorSpec,
+    iterate_nodes,
+    make_stand_in,
+)
+from .structure import TENSOR, Structure
+
+
+def read_onnx(path: str | os.PathLike[str], dynamic_shapes: Mapping[str, Any] | None = None) -> OnnxModel:
+    """Read an .onnx file without loading its external data.
+
+    Args:
+        path: the file; external data is found beside it.
+        dynamic_shapes: for each input with dynamic dimensions ``{dimension: Dim}``, by input name. A whole number in
+            place of a Dim fixes the dimension.
+
+    Returns:
+        The model. It is called with the inputs in order or by name; one output comes back as a tensor, several as a
+        dict by name.
+
+    Raises:
+        ModelFileError: no such file, damaged, or not an ONNX model.
+        DynamicShapeError: a dynamic dimension of an input has no range.
+    """
+    path = Path(path)
+    proto = _load(path)
+    weights = _separate_weights(proto, path.parent)
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [value for value in proto.graph.input if value.name not in initializers]
+    # Initializers that older files list among the inputs are constants.
+    del proto.graph.input[:]
+    proto.graph.input.extend(inputs)
+    _name_parts(proto.graph)
+    dims = _apply_ranges(proto.graph, dynamic_shapes or {}, path)
+    del proto.graph.value_info[:]
+    try:
+        proto.CopyFrom(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    except onnx.shape_inference.InferenceError as error:
+        raise ModelFileError(f"The graph in {path} contradicts itself: {error}") from error
+    names = [re.sub(r"\W+", "_", value.name) for value in proto.graph.input]
+    if len(set(names)) < len(names):
+        names = [value.name for value in proto.graph.input]
+    outputs = [value.name for value in proto.graph.output]
+    single = len(outputs) == 1
+    signature = Signature(
+        inputs=tuple(_spec(value, dims, path) for value in proto.graph.input),
+        outputs=tuple(_spec(value, dims, path) for value in proto.graph.output),
+        labels=tuple(names),
+        dims=dims,
+        input_structure=Structure("tuple", (Structure("tuple", (TENSOR,) * len(names)), Structure("dict"))),
+        output_structure=TENSOR if single else Structure("dict", (TENSOR,) * len(outputs), tuple(outputs)),
+        parameters=tuple(names),
+    )
+    return OnnxModel(proto, weights, signature, path.name, {"producer": proto.producer_name})
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    try:
+        proto = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(os.fspath(path))
+        if proto.functions:
+            proto = onnx.inliner.inline_local_functions(proto)
+    except FileNotFoundError as error:
+        raise ModelFileError(f"There is no file {path}.") from error
+    except (google.protobuf.message.DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
+        raise ModelFileError(
+            f"{path} is not a valid ONNX model, or is damaged: {error}\nCheck it with: polygraphy inspect model {path}"
+        ) from error
+    if not proto.graph.output:
+        raise ModelFileError(f"{path} is not an ONNX model, or is damaged: its graph has no output.")
+    return proto
+
+
+def _separate_weights(proto: onnx.ModelProto, folder: Path) -> dict[str, ir.TensorProtocol]:
+    weights: dict[str, ir.TensorProtocol] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            weight: ir.TensorProtocol = ir.ExternalTensor(
+                entries["location"],
+                int(entries["offset"]) if "offset" in entries else None,
+                int(entries["length"]) if "length" in entries else None,
+                ir.DataType(tensor.data_type),
+                shape=ir.Shape(tensor.dims),
+                name=tensor.name,
+                base_dir=folder,
+            )
+        else:
+            copy = onnx.TensorProto()
+            copy.CopyFrom(tensor)
+            weight = ir.serde.deserialize_tensor(copy)
+        if weight.nbytes > INLINE_LIMIT_BYTES:
+            weights[tensor.name] = weight
+            tensor.CopyFrom(make_stand_in(tensor.name, weight))
+        elif tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.CopyFrom(ir.serde.serialize_tensor(ir.Tensor(weight.numpy(), dtype=weight.dtype, name=tensor.name)))
+    return weights
+
+
+def _name_parts(graph: onnx.GraphProto) -> None:
+    """Give every node a name and an origin, so that messages can name it."""
+    for index, node in enumerate(iterate_nodes(graph)):
+        node.name = node.name or f"{node.op_type}_{index}"
+        if all(entry.key != ORIGIN_KEY for entry in node.metadata_props):
+            node.metadata_props.add(key=ORIGIN_KEY, value=Origin(module=node.name, op=node.op_type).to_metadata())
+
+
+def _apply_ranges(graph: onnx.GraphProto, dynamic_shapes: Mapping[str, Any], path: Path) -> dict[str, Range]:
+    """Put the user's dims in place of the file's symbols, in its inputs; returns their ranges."""
+    inputs = {value.name: value for value in graph.input}
+    unknown = [name for name in dynamic_shapes if name not in inputs]
+    if unknown:
+        raise DynamicShapeError(f"dynamic_shapes names {unknown}, but the inputs of {path} are {list(inputs)}.")
+    roots: dict[str, Dim] = {}
+    replaced: dict[str, str | int] = {}
+    for name, value in inputs.items():
+        given = dynamic_shapes.get(name) or {}
+        sizes = value.type.tensor_type.shape.dim
+        entries = (
+            dict(enumerate(given))
+            if isinstance(given, (tuple, list))
+            else {a % len(sizes): e for a, e in given.items()}
+        )
+        for axis, size in enumerate(sizes):
+            entry = entries.get(axis)
+            if entry is None:
+                continue
+            if isinstance(entry, (Dim, DerivedDim)):
+                derived = entry if isinstance(entry, DerivedDim) else DerivedDim(entry, 1, 0)
+                if roots.setdefault(derived.root.name, derived.root) != derived.root:
+                    raise DynamicShapeError(f"Dim {derived.root.name!r} is given with two ranges.")
+                new: str | int = str(derived)
+            elif isinstance(entry, int):
+                new = entry
+            else:
+                raise DynamicShapeError(
+                    f"dynamic_shapes gives {entry!r} for dimension {axis} of {name}; write a tb.Dim or a size."
+                )
+            if size.HasField("dim_value") and size.dim_value != new:
+                raise DynamicShapeError(
+                    f"dynamic_shapes gives {new} for dimension {axis} of {name}, fixed at {size.dim_value} in {path}."
+                )
+            if size.dim_param:
+                replaced[size.dim_param] = new
+            _set_size(size, new)
+    # The file's own symbols: the same symbol elsewhere is the same dim.
+    for value in [*graph.input, *graph.output]:
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param in replaced:
+                _set_size(size, replaced[size.dim_param])
+    static = {name: dim for name, dim in roots.items() if dim.min == dim.max}
+    if static:
+        raise DynamicShapeError(f"Dims {list(static)} have one size only: write the number instead.")
+    missing = [
+        f"{value.name}[{axis}] ({size.dim_param or 'unnamed'})"
+        for value in graph.input
+        for axis, size in enumerate(value.type.tensor_type.shape.dim)
+        if (not size.HasField("dim_value") and not names_in(size.dim_param) <= roots.keys()) or _is_unset(size)
+    ]
+    if missing:
+        first = missing[0].partition("[")[0]
+        raise DynamicShapeError(
+            f"Dynamic dimensions of {path} have no range: {', '.join(missing)}. Give one by input name, as in "
+            f'dynamic_shapes={{"{first}": {{0: tb.Dim("batch", min=1, opt=8, max=32)}}}}.'
+        )
+    return {
+        name: (dim.min, (dim.min + dim.max) // 2 if dim.opt is None else dim.opt, dim.max)
+        for name, dim in roots.items()
+    }
+
+
+def _is_unset(size: onnx.TensorShapeProto.Dimension) -> bool:
+    return not size.HasField("dim_value") and not size.dim_param
+
+
+def _set_size(size: onnx.TensorShapeProto.Dimension, new: str | int) -> None:
+    if isinstance(new, int):
+        size.dim_value = new
+    else:
+        size.dim_param = new
+
+
+def _spec(value: onnx.ValueInfoProto, dims: Mapping[str, Range], path: Path) -> TensorSpec:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        raise ModelFileError(f"{path}: {value.name!r} is a {kind}, and engines take and return tensors only.")
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        raise ModelFileError(f"{path}: {value.name!r} has no rank in the file, nor does shape inference find it.")
+    shape: list[Size] = [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim]
+    return TensorSpec.make(value.name, ir.DataType(tensor.elem_type), tuple(shape), dims)

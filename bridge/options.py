@@ -1,0 +1,112 @@
+"""The options of convert(): checked by name and value, so that none is silently ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import OptionError
+from ..passes.default import DEFAULT
+from ..passes.pipeline import Pipeline
+from .backends.base import BuildOptions, Progress
+from .export import DEFAULT_OPSET
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `convert`, beyond the model, its arguments and the backend.
+
+    Attributes:
+        opset: ONNX opset of the export. 20 is taken by every backend; 23 and later write attention as one node, which
+            builds in some cases only.
+        passes: the graph passes and their order.
+        tf32: let fp32 matrix products and convolutions use TF32 (about 1e-4 relative error). Off, as in torch.matmul.
+        optimization_level: TensorRT's builder optimization level, 0 to 5.
+        workspace_bytes: most scratch memory of a layer, in bytes.
+        compute_capabilities: TensorRT-RTX: GPUs to build for, as ``((8, 9), (12, 0))``. Default: the one that is
+            present, else a portable engine.
+        isolate: parse and build in a child process, so that a crash of the backend ends as an error.
+        timeout_s: most seconds that building one engine may take.
+        device: where the module will run; default the module's own device, or what the backend runs on.
+        cache_dir: folder for compiled kernels; default ``$TRTBRIDGE_CACHE_DIR``, else the user's cache folder.
+        progress: called with (stage, fraction) while converting.
+    """
+
+    opset: int = DEFAULT_OPSET
+    passes: Pipeline = field(default_factory=lambda: DEFAULT)
+    tf32: bool = False
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+    compute_capabilities: tuple[tuple[int, int], ...] = ()
+    isolate: bool = True
+    timeout_s: float | None = None
+    device: torch.device | str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    progress: Progress | None = None
+
+    @classmethod
+    def make(cls, given: Mapping[str, Any]) -> Options:
+        """Options from keyword arguments.
+
+        Raises:
+            OptionError: a name is unknown or a value impossible; the message says which and what is meant perhaps.
+        """
+        known = [option.name for option in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise OptionError(f"convert() has no option {name!r}.{hint} Options: {', '.join(known)}.")
+        options = cls(**given)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        def need(condition: bool, name: str, what: str) -> None:
+            if not condition:
+                raise OptionError(f"{name}={getattr(self, name)!r}: must be {what}.")
+
+        need(_is_int(self.opset) and 18 <= self.opset <= 25, "opset", "an ONNX opset from 18 to 25")
+        need(isinstance(self.passes, Pipeline), "passes", "a passes.Pipeline, such as trtbridge.DEFAULT")
+        for name in ("tf32", "isolate"):
+            need(isinstance(getattr(self, name), bool), name, "True or False")
+        level = self.optimization_level
+        need(level is None or (_is_int(level) and 0 <= level <= 5), "optimization_level", "from 0 to 5")
+        memory = self.workspace_bytes
+        need(memory is None or (_is_int(memory) and memory > 0), "workspace_bytes", "a positive number of bytes")
+        need(self.timeout_s is None or self.timeout_s > 0, "timeout_s", "a positive number of seconds")
+        need(
+            self.timeout_s is None or self.isolate,
+            "timeout_s",
+            "left out with isolate=False: only a child process can be stopped",
+        )
+        pairs = self.compute_capabilities
+        need(
+            isinstance(pairs, (tuple, list))
+            and all(isinstance(p, (tuple, list)) and len(p) == 2 and all(map(_is_int, p)) for p in pairs),
+            "compute_capabilities",
+            "pairs such as ((8, 9), (12, 0))",
+        )
+        need(self.progress is None or callable(self.progress), "progress", "a function of (stage, fraction)")
+
+    @property
+    def build(self) -> BuildOptions:
+        """The part that concerns building."""
+        return BuildOptions(
+            tf32=self.tf32,
+            optimization_level=self.optimization_level,
+            workspace_bytes=self.workspace_bytes,
+            compute_capabilities=tuple((p[0], p[1]) for p in self.compute_capabilities),
+            isolate=self.isolate,
+            timeout_s=self.timeout_s,
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

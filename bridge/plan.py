@@ -1,0 +1,89 @@
+"""A plan: what runs in which order, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from .backends.base import Segment
+from .model import Origin, Signature, TensorSpec
+
+
+@dataclass(frozen=True)
+class PluginCall:
+    """A torch op that runs between segments.
+
+    Attributes:
+        name: unique in the plan (the node's name).
+        op: full name of the torch op ("aten::cummax.default").
+        call: JSON template of its arguments (`plugins.calls`).
+        inputs: tensor names, in the template's order.
+        outputs: tensor names; "" for an output that nothing reads.
+        input_dtypes: what each input is cast to before the call, None for no cast.
+        output_specs: dtype and shape of each named output after the call; the result is cast to that dtype.
+        origin: the Python line that called it.
+    """
+
+    name: str
+    op: str
+    call: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    input_dtypes: tuple[ir.DataType | None, ...]
+    output_specs: tuple[TensorSpec | None, ...]
+    origin: Origin = field(default_factory=Origin)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "plugin": self.name,
+            "op": self.op,
+            "call": self.call,
+            "inputs": list(self.inputs),
+            "outputs": list(self.outputs),
+            "input_dtypes": [None if dtype is None else dtype.name for dtype in self.input_dtypes],
+            "output_specs": [None if spec is None else spec.to_json() for spec in self.output_specs],
+            "origin": self.origin.to_metadata(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PluginCall:
+        return cls(
+            name=data["plugin"],
+            op=data["op"],
+            call=data["call"],
+            inputs=tuple(data["inputs"]),
+            outputs=tuple(data["outputs"]),
+            input_dtypes=tuple(None if name is None else ir.DataType[name] for name in data["input_dtypes"]),
+            output_specs=tuple(None if spec is None else TensorSpec.from_json(spec) for spec in data["output_specs"]),
+            origin=Origin.from_metadata(data["origin"]),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordered list of steps over named tensors.
+
+    Attributes:
+        steps: segments and plugin calls, each after those whose outputs it reads.
+        signature: of the whole model.
+        constants: initializers that plugin calls read or that are results themselves, by name.
+        aliases: results that only forward an input, a constant or a plugin's output: result → that tensor.
+        source: what the model was made from.
+    """
+
+    steps: tuple[Segment | PluginCall, ...]
+    signature: Signature
+    constants: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Segment))
+
+    @property
+    def plugin_calls(self) -> tuple[PluginCall, ...]:
+        return tuple(step for step in self.steps if isinstance(step, PluginCall))

@@ -1,0 +1,59 @@
+"""Every error that trtbridge raises: one hierarchy, so that ``except TrtBridgeError`` catches them all.
+
+It stands at the top level because ``bridge``, ``passes`` and ``plugins`` all raise from it while knowing nothing of
+each other. Messages say what is wrong, where (input, node, tensor, Python line), what was expected and what to try.
+"""
+
+from __future__ import annotations
+
+
+class TrtBridgeError(Exception):
+    """Base of every error raised by trtbridge."""
+
+
+class OptionError(TrtBridgeError, TypeError):
+    """An option is unknown, or its value does not make sense."""
+
+
+class InputError(TrtBridgeError, ValueError):
+    """An argument of a call does not fit the signature: its dtype, rank, shape, device, or its presence."""
+
+
+class DynamicShapeError(TrtBridgeError, ValueError):
+    """``dynamic_shapes`` does not fit the arguments, or the model contradicts it."""
+
+
+class ExportError(TrtBridgeError):
+    """torch.export or torch.onnx could not turn the module into an ONNX graph."""
+
+
+class ModelFileError(TrtBridgeError):
+    """A file (an .onnx model or a saved program) is missing, damaged, or of a kind that cannot be read."""
+
+
+class PassError(TrtBridgeError):
+    """A graph pass broke its contract: it changed the model's inputs or outputs, or left an invalid graph."""
+
+
+class BackendError(TrtBridgeError):
+    """A backend is not installed, or cannot do on this machine what was asked of it."""
+
+
+class UnsupportedOpError(TrtBridgeError):
+    """The backend's parser refuses nodes of the graph. All of them are listed."""
+
+
+class BuildError(TrtBridgeError):
+    """The backend accepted the graph but failed, or died, while building the engine."""
+
+
+class ExecutionError(TrtBridgeError):
+    """A running program failed."""
+
+
+class CacheError(TrtBridgeError):
+    """The cache folder cannot be used."""
+
+
+class PluginError(TrtBridgeError):
+    """A plugin op is not registered in this process, or does not do what its schema says."""

@@ -1,0 +1,80 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trtbridge as tb
+from trtbridge.bridge.backends import get_backend
+from trtbridge.bridge.convert import Stages, build, plan_model
+from trtbridge.bridge.options import Options
+from trtbridge.bridge.structure import flatten
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests neither read nor fill the user's cache."""
+    monkeypatch.setenv("TRTBRIDGE_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@pytest.fixture
+def assert_same() -> Callable[..., None]:
+    """Compare two nested results: same structure, dtypes, shapes, and values within a tolerance."""
+
+    def check(actual: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+        actual_tensors, actual_structure = flatten(actual)
+        expected_tensors, expected_structure = flatten(expected)
+        assert actual_structure == expected_structure
+        for mine, theirs in zip(actual_tensors, expected_tensors, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
+
+    return check
+
+
+@pytest.fixture
+def convert_both(assert_same: Callable[..., None]) -> Callable[..., tuple[tb.EngineModule, tb.EngineModule]]:
+    """Plan once, build with ONNX Runtime and TensorRT-RTX, and compare the former with PyTorch on several calls."""
+
+    def convert(
+        model: torch.nn.Module,
+        calls: Sequence[Call],
+        dynamic_shapes: Any = None,
+        tolerance: float = 1e-4,
+        **options: Any,
+    ) -> tuple[tb.EngineModule, tb.EngineModule]:
+        pytest.importorskip("tensorrt_rtx")
+        args, kwargs = calls[0]
+        chosen = Options.make(options)
+        plan, _ = plan_model(model, args, kwargs, dynamic_shapes, chosen, Stages())
+        on_cpu, built = (
+            tb.EngineModule(build(plan, get_backend(name), chosen, Stages()))
+            for name in ("onnxruntime", "tensorrt_rtx")
+        )
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            for call_args, call_kwargs in calls:
+                expected = model(*call_args, **call_kwargs)
+                assert_same(on_cpu(*call_args, **call_kwargs), expected, rtol=tolerance, atol=tolerance)
+        model.train(was_training)
+        assert len(built.program.steps) == len(on_cpu.program.steps)
+        for engine in built.program.engines:
+            assert engine.backend == "tensorrt_rtx"
+            assert engine.size_bytes > 1000
+            assert engine.info["layers"], "the network that was parsed has layers"
+        return on_cpu, built
+
+    return convert
