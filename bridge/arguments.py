@@ -209,13 +209,10 @@ def _as_derived(entry: Any, size: int, place: str) -> DerivedDim | None:
             'tb.Dim("batch", min=1, opt=8, max=32).'
         )
     root = getattr(entry, "root", entry)
-    try:
-        most = int(root.max)
-    except (TypeError, ValueError, OverflowError):
-        most = 1 << 62
-    if most >= 1 << 31:
+    # Without a max it is torch's own infinity, which int() refuses.
+    if not root.max < 1 << 31:
         raise DynamicShapeError(f"torch.export.Dim {root.__name__!r} for {place} has no max; an engine needs one.")
-    own = Dim(root.__name__, min=max(1, int(root.min)), max=most)
+    own = Dim(root.__name__, min=max(1, int(root.min)), max=int(root.max))
     if root is entry:
         return DerivedDim(own, 1, 0)
     offset = int(entry.fn(0))  # torch's derived dims are linear

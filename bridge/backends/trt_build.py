@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 Report = Callable[[str, float], None]
+_MOST_REFUSALS = 100
 
 
 @dataclass(frozen=True)
@@ -98,27 +99,21 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
     outcome.version = trt.__version__
     logger = _make_logger(flavour, outcome)
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
     # The weights must outlive the build: TensorRT reads them where they lie.
     weights = np.memmap(folder / "weights.bin", np.uint8, "r") if job.weights else np.empty(0, np.uint8)
+    model = (folder / "model.onnx").read_bytes()
     report("Parsing", 0.0)
-    parsed = parser.load_model_proto((folder / "model.onnx").read_bytes())
-    for name, offset, size in job.weights:
-        parsed = parsed and parser.load_initializer(name, weights.ctypes.data + offset, size)
-    parsed = parsed and parser.parse_model_proto()
-    if not parsed:
-        for index in range(parser.num_errors):
-            error = parser.get_error(index)
-            outcome.refusals.append(
-                {
-                    "index": error.node(),
-                    "name": error.node_name(),
-                    "op": error.node_operator(),
-                    "reason": f"{error.desc()} [{error.code().name}, {error.func()}]",
-                }
-            )
+    network, _parser, refusals = _parse(flavour, builder, logger, model, job, weights.ctypes.data)
+    if network is None:
+        outcome.refusals = refusals
         outcome.error = "the parser refuses the graph"
+        # The parser may stop at the first node that it cannot import: without that node it shows the next.
+        while refusals and len(outcome.refusals) < _MOST_REFUSALS:
+            model = without_nodes(model, {refusal["name"] for refusal in refusals})
+            _, _parser, refusals = _parse(flavour, builder, logger, model, job, weights.ctypes.data)
+            known = {refusal["name"] for refusal in outcome.refusals}
+            refusals = [refusal for refusal in refusals if refusal["name"] not in known]
+            outcome.refusals += refusals
         return
     if job.parse_only:
         return
@@ -148,6 +143,60 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
         return
     with (folder / "engine.plan").open("wb") as file:
         file.write(memoryview(engine))
+
+
+def _parse(
+    flavour: Flavour, builder: trt.Builder, logger: trt.ILogger, model: bytes, job: Job, weights_address: int
+) -> tuple[trt.INetworkDefinition | None, trt.OnnxParser, list[dict[str, Any]]]:
+    """The network of a model, or None and what the parser refuses. The parser must live as long as the network."""
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.module()
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.load_model_proto(model)
+    for name, offset, size in job.weights:
+        parsed = parsed and parser.load_initializer(name, weights_address + offset, size)
+    if parsed and parser.parse_model_proto():
+        return network, parser, []
+    refusals = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        refusals.append(
+            {
+                "index": error.node(),
+                "name": error.node_name(),
+                "op": error.node_operator(),
+                "reason": f"{error.desc()} [{error.code().name}, {error.func()}]",
+            }
+        )
+    return None, parser, refusals
+
+
+def without_nodes(model: bytes, names: set[str]) -> bytes:
+    """A model without some nodes: what they make becomes an input, or goes with all that reads it if untyped."""
+    import onnx  # here alone: a build that succeeds does without
+
+    proto = onnx.ModelProto.FromString(model)
+    graph = proto.graph
+    types = {value.name: value for value in [*graph.value_info, *graph.output]}
+    gone: set[str] = set()
+    kept = []
+    for node in graph.node:
+        if node.name in names:
+            graph.input.extend(types[output] for output in node.output if output in types)
+            gone.update(output for output in node.output if output not in types)
+        elif gone.intersection(node.input):
+            gone.update(node.output)
+        else:
+            kept.append(node)
+    made = {name for node in kept for name in node.output}
+    outputs = [value for value in graph.output if value.name in made]
+    del graph.node[:], graph.output[:]
+    graph.node.extend(kept)
+    graph.output.extend(outputs)
+    return bytes(proto.SerializeToString())
 
 
 def _add_profile(
