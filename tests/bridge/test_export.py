@@ -1,0 +1,135 @@
+"""Export: names, provenance, weights and plugin nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+import trtbridge as tb
+from trtbridge.bridge.export import export
+from trtbridge.bridge.model import EXTERNAL_LOCATION, Origin
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(self.linear(x)) + x
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(2))
+        self.module = torch.nn.LayerNorm(32)  # as DataParallel calls its own; must not confuse the names
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.module(x)
+
+
+def test_every_tensor_has_an_origin() -> None:
+    model = export(
+        Net(), (torch.randn(2, 5, 32),), dynamic_shapes=({0: tb.Dim("batch", max=4), 1: tb.Dim("seq", max=9)},)
+    )
+    made = [(node.op_type, name) for node in model.proto.graph.node for name in node.output]
+    assert len(made) > 6
+    for op_type, name in made:
+        origin = model.provenance[name]
+        assert origin.file == __file__, (op_type, name)
+        assert origin.line > 0
+        assert origin.op.startswith("aten.")
+    by_op = {op: model.provenance[name] for op, name in made}
+    assert by_op["MatMul"].code == "return torch.nn.functional.gelu(self.linear(x)) + x"
+    assert by_op["MatMul"].module == "blocks.1.linear"
+    assert by_op["MatMul"].module_class == "torch.nn.modules.linear.Linear"
+    assert by_op["LayerNormalization"].module == "module"
+    assert model.provenance["x"] == Origin(op="input")
+    assert model.provenance["blocks.0.linear.weight"].module == "blocks.0.linear.weight"
+
+
+def test_weights_are_shared_and_named_as_in_the_state_dict() -> None:
+    net = Net()
+    model = export(net, (torch.randn(2, 5, 32),))
+    assert set(model.weights) == {"blocks.0.linear.weight", "blocks.1.linear.weight"}
+    state = net.state_dict()
+    for name, weight in model.weights.items():
+        assert weight.raw.data_ptr() == state[name].data_ptr()  # type: ignore[attr-defined]
+    stand_ins = [t for t in model.proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert {entry.value for t in stand_ins for entry in t.external_data} == {EXTERNAL_LOCATION}
+    assert len(model.proto.SerializeToString()) < 20_000
+
+
+def test_no_weight_is_copied_by_folding() -> None:
+    """The exporter's own optimizer stores a transposed copy of every linear weight that a 3-D input meets."""
+    model = export(Net(), (torch.randn(2, 5, 32),))
+    assert sum(weight.nbytes for weight in model.weights.values()) == 2 * 32 * 32 * 4
+
+
+def test_symbolic_dims_have_the_users_names() -> None:
+    class Widen(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.cat([x, x], 1), x[:, None, 1:]
+
+    dims = {0: tb.Dim("batch", min=1, opt=2, max=4), 1: tb.Dim("length", min=4, opt=6, max=10)}
+    model = export(Widen(), (torch.randn(1, 6),), dynamic_shapes={"x": dims})
+    first, second = model.signature.outputs
+    assert first.shape == ("batch", "2*length")
+    assert first.ranges == ((1, 2, 4), (8, 12, 20))
+    assert second.ranges == ((1, 2, 4), (1, 1, 1), (3, 5, 9))
+
+
+def test_saved_file_runs_in_onnx_runtime(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, x = Net().eval(), torch.randn(2, 5, 32)
+    export(net, (x,)).save(tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], net(x).detach().numpy(), atol=1e-5)
+
+
+def test_plugin_nodes_carry_the_call() -> None:
+    class Plugins(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            values, indices = torch.cummax(x, dim=-1)
+            return torch.hypot(values, x), indices, torch.special.bessel_j0(x)
+
+    model = export(Plugins(), (torch.randn(2, 4),))
+    plugins = [node for node in model.proto.graph.node if node.domain == "trtbridge"]
+    # At the level at which they were called: hypot and bessel_j0, not the prims that they decompose to.
+    assert [node.op_type for node in plugins] == ["aten_cummax", "aten_hypot", "aten_special_bessel_j0"]
+    calls = {a.name: a.s.decode() for a in plugins[0].attribute}
+    assert calls == {"op": "aten::cummax.default", "call": '{"args":[{"tensor":0},-1],"kwargs":{}}'}
+    types = {v.name: v.type.tensor_type.elem_type for v in [*model.proto.graph.value_info, *model.proto.graph.output]}
+    assert [types[name] for name in plugins[0].output] == [ir.DataType.FLOAT, ir.DataType.INT64]
+
+
+def test_example_sizes_do_not_become_constants() -> None:
+    """An example of batch 1, and one whose two dynamic sizes are equal, still export as dynamic."""
+
+    class Outer(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (x[:, None] * y[None]).sum(-1)
+
+    shapes = {"x": {0: tb.Dim("n", max=8)}, "y": {0: tb.Dim("m", max=8)}}
+    fast = tb.convert(Outer(), (torch.randn(1, 3), torch.randn(1, 3)), dynamic_shapes=shapes, backend="onnxruntime")
+    x, y = torch.randn(8, 3), torch.randn(5, 3)
+    torch.testing.assert_close(fast(x, y), Outer()(x, y))
+
+
+def test_training_flag_means_eval() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(0.9), torch.nn.BatchNorm1d(4)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(6, 4)
+    fast = tb.convert(model, (x,), backend="onnxruntime")
+    assert model.training
+    assert model[0].training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(fast(x), model.eval()(x))
