@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import re
 import traceback
@@ -20,7 +21,7 @@ from .dims import Size
 from .dtypes import from_torch
 from .model import INLINE_LIMIT_BYTES, OnnxModel, Signature, TensorSpec, make_stand_in
 from .origins import compact_origins, strip_prefix, user_frame
-from .structure import Structure, flatten
+from .structure import CONSTANTS, Structure, flatten
 from .untranslatable import blamed_ops, find_untranslatable, translation_table
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,13 @@ def _trace(model: torch.nn.Module, arguments: Arguments) -> tuple[torch.export.E
         raise _explain_trace(error, name, arguments) from error
     if not program.graph_signature.user_outputs:
         raise ExportError(f"{name} returns no tensor, so there is nothing for an engine to compute.")
+    for label, value in structures[-1].constants("output"):
+        if not isinstance(value, (*CONSTANTS, enum.Enum)):
+            raise ExportError(
+                f"{name} returns a {type(value).__name__} ({label}), whose tensors cannot be seen: make the model return "
+                "without it (for a cache of transformers use_cache=False), or register its class with "
+                "torch.utils._pytree.register_pytree_node."
+            )
     return program, structures[-1]
 
 

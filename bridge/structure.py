@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError, ModelFileError
 
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 _MAPPINGS = {"dict": dict, "OrderedDict": OrderedDict}
 _SEQUENCES = {"tuple": tuple, "list": list}
 
@@ -162,7 +162,7 @@ def _take_apart(value: Any) -> tuple[str, tuple[Any, ...], list[Any], Any]:
         return kind.__name__, tuple(value), list(value.values()), None
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return "namedtuple", (), list(value), None
-    if isinstance(value, _CONSTANTS):
+    if isinstance(value, CONSTANTS):
         return "constant", (), [], None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         if isinstance(value, Mapping):  # transformers' ModelOutput: only the entries that are set

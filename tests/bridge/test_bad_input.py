@@ -128,6 +128,19 @@ def test_unsupported_control_flow(unchanged: Callable[..., Any]) -> None:
         assert word in str(caught.value)
 
 
+def test_result_that_hides_its_tensors() -> None:
+    class Cache:
+        def __init__(self, key: torch.Tensor) -> None:
+            self.key = key
+
+    class Caching(Model):
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            return {"y": self.linear(x), "cache": Cache(x * 2)}
+
+    with pytest.raises(tb.ExportError, match=r"returns a Cache \(output\['cache'\]\).*register_pytree_node"):
+        tb.convert(Caching(), (X,), backend="onnxruntime")
+
+
 def test_a_size_that_the_module_fixes(unchanged: Callable[..., Any]) -> None:
     class Fixed(Model):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
