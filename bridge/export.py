@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 
 from ..errors import DynamicShapeError, ExportError
 from .arguments import Arguments, collect, trace_tensors
 from .dims import Size
 from .dtypes import from_torch
+from .guards import guards_always_hold
 from .model import INLINE_LIMIT_BYTES, OnnxModel, Signature, TensorSpec, make_stand_in
 from .origins import compact_origins, strip_prefix, user_frame
+from .simplify import simplify
 from .structure import CONSTANTS, Structure, flatten
 from .untranslatable import blamed_ops, find_untranslatable, translation_table
 
@@ -97,10 +98,25 @@ def _trace(model: torch.nn.Module, arguments: Arguments) -> tuple[torch.export.E
     flat = _Flat(model, arguments.structure, structures.append)
     flat.eval()
     name = type(model).__name__
-    try:
-        program = torch.export.export(
-            flat, tuple(tensors), dynamic_shapes={"leaves": tuple(specs)} if tensors else None, strict=False
+
+    def trace(deferred: bool) -> torch.export.ExportedProgram:
+        return torch.export.export(
+            flat,
+            tuple(tensors),
+            dynamic_shapes={"leaves": tuple(specs)} if tensors else None,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=deferred,
         )
+
+    try:
+        try:
+            program = trace(deferred=False)
+        except Exception as error:
+            # torch.export gives up on conditions that it cannot prove; those that hold for every size are harmless.
+            if not guards_always_hold(str(error), arguments):
+                raise
+            logger.info("conditions that torch.export cannot prove hold for every size in range: %s", error)
+            program = trace(deferred=True)
     except Exception as error:
         raise _explain_trace(error, name, arguments) from error
     if not program.graph_signature.user_outputs:
@@ -108,8 +124,8 @@ def _trace(model: torch.nn.Module, arguments: Arguments) -> tuple[torch.export.E
     for label, value in structures[-1].constants("output"):
         if not isinstance(value, (*CONSTANTS, enum.Enum)):
             raise ExportError(
-                f"{name} returns a {type(value).__name__} ({label}), whose tensors cannot be seen: make the model return "
-                "without it (for a cache of transformers use_cache=False), or register its class with "
+                f"{name} returns a {type(value).__name__} ({label}), whose tensors cannot be seen: make the model "
+                "return without it (for a cache of transformers use_cache=False), or register its class with "
                 "torch.utils._pytree.register_pytree_node."
             )
     return program, structures[-1]
@@ -138,17 +154,8 @@ def _translate(program: torch.export.ExportedProgram, opset: int, name: str) -> 
             plugins |= more
         else:
             assert result is not None
-            onnxscript.optimizer.optimize_ir(result.model, should_fold=_spare_weights)
+            simplify(result.model)
             return result
-
-
-def _spare_weights(node: ir.Node) -> bool | None:
-    """Whether to fold a node: the optimizer's own choice (None), but never one that would copy a weight.
-
-    Left alone it folds every transposed linear weight into a second array; engines fold them when built.
-    """
-    sizes = [value.const_value.nbytes for value in node.inputs if value is not None and value.const_value is not None]
-    return False if max(sizes, default=0) > INLINE_LIMIT_BYTES else None
 
 
 def _finish(

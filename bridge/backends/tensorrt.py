@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import mmap
@@ -143,8 +144,11 @@ class TensorRtExecutable:
             self._jit = JitCache(flavour, loaded, self._jit_file.read() if self._jit_file else None)
             self._contexts: queue.LifoQueue[_Context] = queue.LifoQueue()
             self._contexts.put(self._new_context())
+        self._captured: dict[tuple[int, int], _Context] = {}
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if torch.cuda.is_current_stream_capturing():
+            return self._capture(inputs)
         try:
             context = self._contexts.get_nowait()
         except queue.Empty:
@@ -155,6 +159,26 @@ class TensorRtExecutable:
             self._contexts.put(context)
             if self._jit_file is not None:
                 self._jit_file.update(self._jit.serialize)
+
+    def _capture(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run within the capture of a CUDA graph by the caller.
+
+        A replay may come at any time, so the context and its scratch memory belong to that graph from now on. Calls on
+        one stream of one capture share it: the graph runs them one after the other.
+        """
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        key = (stream, capture_id(stream))
+        context = self._captured.get(key)
+        if context is None:
+            try:
+                context = self._contexts.get_nowait()
+            except queue.Empty:
+                raise ExecutionError(
+                    "A CUDA graph capture needs an idle execution context, and none can be made during a capture: "
+                    "call the module once with inputs of these shapes, outside the capture, right before it."
+                ) from None
+            self._captured[key] = context
+        return context.run(inputs, capturing=True)
 
     def _new_context(self) -> _Context:
         with torch.cuda.device(self.device):
@@ -187,9 +211,10 @@ class _Context:
         self._shapes: tuple[torch.Size, ...] = ()
         self._output_shapes: list[tuple[int, ...]] = []
 
-    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, inputs: Sequence[torch.Tensor], capturing: bool = False) -> list[torch.Tensor]:
         stream = torch.cuda.current_stream(self._device)
-        if self._stream is not None and self._stream != stream:
+        # A capture begins with a synchronization, and may not wait for events from outside.
+        if self._stream is not None and self._stream != stream and not capturing:
             stream.wait_event(self._done)  # the scratch memory of the last run may still be in use on its stream
         tensors = [t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in inputs]
         shapes = tuple(tensor.shape for tensor in tensors)
@@ -206,8 +231,9 @@ class _Context:
                 f"TensorRT failed to run the engine on inputs of shapes {[tuple(shape) for shape in shapes]}; "
                 "its own words are on standard error."
             )
-        self._done.record(stream)
-        self._stream = stream
+        if not capturing:
+            self._done.record(stream)
+            self._stream = stream
         return outputs
 
     def _set_shapes(self, shapes: tuple[torch.Size, ...]) -> None:
@@ -225,6 +251,22 @@ class _Context:
             if any(size < 0 for size in sizes):
                 raise ExecutionError(f"The size of output {name!r} depends on data, which engines do not return yet.")
         self._shapes = shapes
+
+
+def capture_id(stream: int) -> int:
+    """The number of the capture that a stream takes part in, unique in the process; 0 without one.
+
+    Args:
+        stream: CUDA stream handle.
+    """
+    # torch does not tell, so the driver is asked: CUresult cuStreamGetCaptureInfo(stream, status*, id*), as v2 with the
+    # optional outputs left out.
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    driver.cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
+    )
+    return number.value
 
 
 def describe_refusals(title: str, refusals: Sequence[Refusal]) -> str:

@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trtbridge as tb
+from trtbridge.bridge.arguments import collect
 from trtbridge.bridge.cache import resolve_cache_dir, write_atomically
 from trtbridge.bridge.dims import evaluate_range, evaluate_shape, evaluate_size
+from trtbridge.bridge.guards import guards_always_hold
 from trtbridge.bridge.model import OnnxModel, Signature, TensorSpec
 from trtbridge.bridge.partition import partition
 from trtbridge.bridge.plan import Plan, PluginCall
@@ -208,3 +210,25 @@ def test_atomic_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_guards_that_torch_cannot_prove() -> None:
+    n, m = "L['leaves'][0].size()[0]", "L['leaves'][0].size()[1]"
+
+    def arguments(low: int) -> Any:
+        dims = {"x": {0: tb.Dim("n", min=low, max=16), 1: 2 * tb.Dim("m", min=1, max=8)}}
+        return collect(torch.nn.Identity(), (torch.ones(5, 6),), {}, {"input": dims["x"]})
+
+    def error(*guards: str) -> str:
+        start = "Constraints violated (n)!\n"
+        return start + "\n".join(
+            f"  - Not all values of n = {n} in the specified range n <= 16 satisfy the generated guard {g}."
+            for g in guards
+        )
+
+    assert guards_always_hold(error(f"min({n}, 4*{n}) == {n}", f"2 <= {m} and {m} <= 16"), arguments(1))
+    assert guards_always_hold(error(f"{n} >= 3"), arguments(3))
+    assert not guards_always_hold(error(f"{n} >= 3"), arguments(1))
+    assert not guards_always_hold(error(f"{n} >= 3", f"{n} != {m}"), arguments(3))
+    assert not guards_always_hold(error(f"{n} >= 3") + "\n  - You marked n as dynamic but ...", arguments(3))
+    assert not guards_always_hold(error("open('x')"), arguments(3))
