@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import platformdirs
 import torch
@@ -51,16 +52,19 @@ def resolve_cache_dir(cache_dir: str | os.PathLike[str] | None) -> Path | None:
         return None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the whole new one."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(data)
-            file.close()
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that readers see the old content or the whole new one.
+
+    Args:
+        path: the file.
+        write: puts the content into an open file.
+    """
+    # In a folder of its own the new file gets the permissions that any new file gets.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        new = Path(folder) / path.name
+        with new.open("wb") as file:
+            write(file)
+        new.replace(path)
 
 
 class JitCacheFile:
@@ -99,6 +103,6 @@ class JitCacheFile:
             data = serialize()
             if data and (not self._path.exists() or self._path.stat().st_size != len(data)):
                 try:
-                    write_atomically(self._path, data)
+                    write_atomically(self._path, lambda file: file.write(data))
                 except OSError as error:  # a full disk must not fail a call that has succeeded
                     logger.warning("compiled kernels were not kept: %s", error)

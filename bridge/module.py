@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..errors import BackendError, InputError, TrtBridgeError
+from ..errors import BackendError, InputError, OptionError, TrtBridgeError
 from .backends import get_backend
 from .cache import resolve_cache_dir
 from .dims import evaluate_size, names_in
@@ -18,7 +18,8 @@ from .dtypes import to_torch
 from .model import Signature, TensorSpec
 from .program import EngineStep, Program
 from .runtime import RunningProgram
-from .structure import child_labels, matches
+from .structure import child_labels, leaf_labels, matches
+from .text import size_text
 
 
 class EngineModule(torch.nn.Module):
@@ -83,9 +84,8 @@ class EngineModule(torch.nn.Module):
 
     def extra_repr(self) -> str:
         engines, plugins = self.program.engines, self.program.plugin_calls
-        size = self.program.size_bytes / 2**20
         parts = [f"{self.program.source}, backend={self.program.backend}, device={self.device}"]
-        parts.append(f"{len(engines)} engine(s), {size:.1f} MiB, {len(plugins)} plugin call(s)")
+        parts.append(f"{len(engines)} engine(s), {size_text(self.program.size_bytes)}, {len(plugins)} plugin call(s)")
         return ", ".join(parts)
 
     def _load(self) -> RunningProgram:
@@ -127,12 +127,16 @@ def pick_device(backend: str, device: torch.device | str | None) -> torch.device
     """The device to run on, with its index where it is there.
 
     Raises:
+        OptionError: it is no device at all.
         BackendError: the device is of a kind that the backend does not run on, or is not there.
     """
     if device is None:
         cuda = backend != "onnxruntime" or "cuda" in get_backend(backend).status().devices
         device = "cuda" if cuda and (backend != "onnxruntime" or torch.cuda.is_available()) else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f"device={device!r}: not a torch device, such as 'cuda:0' or 'cpu'.") from error
     if device.type == "cuda" and torch.cuda.is_available():
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= torch.cuda.device_count():
@@ -255,7 +259,7 @@ class _Leaf:
 
 def describe(program: Program) -> str:
     """A program as text."""
-    lines = [f"{program.source or 'program'} on {program.backend}, {program.size_bytes / 2**20:.1f} MiB"]
+    lines = [f"{program.source or 'program'} on {program.backend}, {size_text(program.size_bytes)}"]
     signature = program.signature
     for label, spec in zip(signature.labels, signature.inputs, strict=True):
         ranges = ", ".join(
@@ -268,11 +272,13 @@ def describe(program: Program) -> str:
             version = f" {info['version']}" if "version" in info else ""
             target = f" for {info['target']}" if "target" in info else ""
             layers = f", {len(info['layers'])} layers" if info.get("layers") else ""
-            size = f"{step.engine.size_bytes / 2**20:.1f} MiB"
+            size = size_text(step.engine.size_bytes)
             lines.append(f"  {step.name}: engine of {size}{layers}, {program.backend}{version}{target}")
         else:
             lines.append(f"  plugin {step.op} from {step.origin}")
-    lines += [f"  output {spec}" for spec in signature.outputs]
+    labels = leaf_labels(signature.output_structure, "")
+    for label, spec in zip(labels, signature.outputs, strict=True):
+        lines.append(f"  output {label or spec.name}: {str(spec).split(': ', 1)[1]}")
     constants = [f"{label}={value!r}" for label, value in _fixed(signature) if value is not None]
     if constants:
         lines.append(f"  fixed arguments: {', '.join(constants)}")

@@ -138,11 +138,7 @@ def _apply_ranges(graph: onnx.GraphProto, dynamic_shapes: Mapping[str, Any], pat
     for name, value in inputs.items():
         given = dynamic_shapes.get(name) or {}
         sizes = value.type.tensor_type.shape.dim
-        entries = (
-            dict(enumerate(given))
-            if isinstance(given, (tuple, list))
-            else {a % len(sizes): e for a, e in given.items()}
-        )
+        entries = _by_axis(given, len(sizes), name)
         for axis, size in enumerate(sizes):
             entry = entries.get(axis)
             if entry is None:
@@ -189,6 +185,17 @@ def _apply_ranges(graph: onnx.GraphProto, dynamic_shapes: Mapping[str, Any], pat
         name: (dim.min, (dim.min + dim.max) // 2 if dim.opt is None else dim.opt, dim.max)
         for name, dim in roots.items()
     }
+
+
+def _by_axis(given: Any, rank: int, name: str) -> dict[int, Any]:
+    """An input's entry of dynamic_shapes by dimension, counted from the front."""
+    pairs = dict(enumerate(given)) if isinstance(given, (tuple, list)) else given
+    if not isinstance(pairs, Mapping):
+        raise DynamicShapeError(f"dynamic_shapes for {name} is {given!r}; write {{dimension: Dim}} or one a dimension.")
+    outside = [axis for axis in pairs if not isinstance(axis, int) or not -rank <= axis < rank]
+    if outside:
+        raise DynamicShapeError(f"dynamic_shapes for {name}: {outside[0]!r} is no dimension of a rank {rank} tensor.")
+    return {axis % rank: entry for axis, entry in pairs.items()}
 
 
 def _is_unset(size: onnx.TensorShapeProto.Dimension) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from .model import ORIGIN_KEY, Origin
 
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n\s*(?P<code>[^\n]*))?')
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n\s*(?P<code>(?!File ")[^\n]*))?')
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _OWN_FOLDER = str(Path(__file__).parent)
 _TARGET = re.compile(r"target=([^\]]+)\]")
@@ -24,7 +24,7 @@ def user_frame(stack_trace: str, strictly_user: bool = False) -> tuple[str, int,
     ("", 0, "") without frames.
     """
     frames = list(_FRAME.finditer(stack_trace))
-    own = [f for f in frames if not f["file"].startswith((_TORCH_FOLDER, "torch/", _OWN_FOLDER))]
+    own = [f for f in frames if not f["file"].startswith((_TORCH_FOLDER, "torch/", _OWN_FOLDER, "<"))]
     frames = own or ([] if strictly_user else [f for f in frames if not f["file"].startswith(("torch/", _OWN_FOLDER))])
     if not frames:
         return "", 0, ""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx_ir as ir
 import torch
 
 from ..errors import ModelFileError
 from .backends.base import Engine
+from .cache import write_atomically
 from .dtypes import from_torch, to_torch
 from .model import Signature, TensorSpec
 from .plan import PluginCall
@@ -117,19 +117,16 @@ class Program:
             "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
         }
         text = json.dumps(manifest, indent=1)
+
+        def write(file: BinaryIO) -> None:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                archive.writestr(_MANIFEST, text)
+                for name, data in parts.items():
+                    with archive.open(name, "w", force_zip64=True) as entry:
+                        entry.write(data)
+
         try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-                try:
-                    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                        archive.writestr(_MANIFEST, text)
-                        for name, data in parts.items():
-                            with archive.open(name, "w", force_zip64=True) as entry:
-                                entry.write(data)
-                    file.close()
-                    Path(file.name).replace(path)
-                except BaseException:
-                    Path(file.name).unlink(missing_ok=True)
-                    raise
+            write_atomically(path, write)
         except OSError as error:
             raise ModelFileError(f"Cannot write {path}: {error}.") from error
 

@@ -22,7 +22,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
     RTX = False  # for type checkers alone, set by scripts/typecheck.py: true where ``tensorrt`` stands for TensorRT-RTX
+
+
+_TF32_VARIABLE = "NVIDIA_TF32_OVERRIDE"
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,31 @@ FLAVOURS = {
     "tensorrt": Flavour("tensorrt", "TensorRT", "tensorrt", builds_without_gpu=False, jit=False),
     "tensorrt_rtx": Flavour("tensorrt_rtx", "TensorRT-RTX", "rtx", builds_without_gpu=True, jit=True),
 }
+
+
+_environment_lock = threading.Lock()
+
+
+@contextmanager
+def tf32_settled(flavour: Flavour, tf32: bool) -> Iterator[None]:
+    """Make TensorRT-RTX heed that TF32 is off, while it builds, loads an engine or makes a context.
+
+    RTX 1.6.1 was seen to use TF32 whatever BuilderFlag.TF32 says; only NVIDIA_TF32_OVERRIDE=0 turns it off, and it must
+    be the same when building and when loading. The variable is put back, since torch's own libraries read it too.
+    """
+    if tf32 or not flavour.jit:
+        yield
+        return
+    with _environment_lock:
+        before = os.environ.get(_TF32_VARIABLE)
+        os.environ[_TF32_VARIABLE] = "0"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_TF32_VARIABLE]
+            else:
+                os.environ[_TF32_VARIABLE] = before
 
 
 def target_gpus(

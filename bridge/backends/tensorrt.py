@@ -28,7 +28,7 @@ from ..dtypes import to_torch
 from ..model import Origin
 from . import trt_build
 from .base import BackendStatus, BuildOptions, Engine, Progress, Refusal, Segment
-from .flavour import FLAVOURS, Flavour, JitCache
+from .flavour import FLAVOURS, Flavour, JitCache, tf32_settled
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -127,8 +127,9 @@ class TensorRtExecutable:
         self._flavour = flavour
         self._inputs = tuple((spec.name, to_torch(spec.dtype)) for spec in engine.inputs)
         self._outputs = tuple((spec.name, to_torch(spec.dtype)) for spec in engine.outputs)
+        self._tf32 = bool(engine.info.get("tf32"))
         plan = engine.parts[_ENGINE_PART]
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), tf32_settled(flavour, self._tf32):
             torch.cuda.current_stream()  # makes torch's context the current one
             self._logger = trt.Logger(trt.ILogger.ERROR)
             self._runtime = trt.Runtime(self._logger)
@@ -143,7 +144,7 @@ class TensorRtExecutable:
             self._jit_file = JitCacheFile(cache_dir, plan, f"{flavour.name}-{trt.__version__}") if flavour.jit else None
             self._jit = JitCache(flavour, loaded, self._jit_file.read() if self._jit_file else None)
             self._contexts: queue.LifoQueue[_Context] = queue.LifoQueue()
-            self._contexts.put(self._new_context())
+        self._contexts.put(self._new_context())
         self._captured: dict[tuple[int, int], _Context] = {}
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -181,7 +182,7 @@ class TensorRtExecutable:
         return context.run(inputs, capturing=True)
 
     def _new_context(self) -> _Context:
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), tf32_settled(self._flavour, self._tf32):
             config = self._jit.config
             made = self._engine.create_execution_context(config) if config else self._engine.create_execution_context()
         if made is None:
@@ -356,8 +357,10 @@ def _run(
 ) -> trt_build.Outcome:
     report = progress or (lambda phase, fraction: None)
     if not options.isolate:
-        return trt_build.run_job(folder, report)
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path or "." for path in sys.path))
+        with tf32_settled(flavour, options.tf32):
+            return trt_build.run_job(folder, report)
+    with tf32_settled(flavour, options.tf32):
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path or "." for path in sys.path))
     command = [sys.executable, "-m", trt_build.__name__, str(folder)]
     last_phase = "starting"
     with (folder / "stderr").open("wb") as errors:

@@ -205,10 +205,10 @@ def test_atomic_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "kept.bin"
     path.write_bytes(b"old")
     with pytest.raises(TypeError):
-        write_atomically(path, object())  # type: ignore[arg-type]
+        write_atomically(path, lambda file: file.write("text is no bytes"))  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    write_atomically(path, b"new")
+    write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
 
 

@@ -1,0 +1,206 @@
+"""The command line's arguments and options: how they are written, read and checked. No torch here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from ..errors import ModelFileError, OptionError
+from .cli_source import DimRequest, Source, resolve_dims
+
+T = TypeVar("T")
+
+
+class BackendName(str, Enum):
+    """Values of ``--backend``."""
+
+    AUTO = "auto"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt_rtx"
+    ONNXRUNTIME = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class ComputeCapability:
+    """One ``--compute-capability``."""
+
+    major: int
+    minor: int
+
+    @classmethod
+    def parse(cls, text: str) -> ComputeCapability:
+        match = re.fullmatch(r"(\d+)\.(\d)", text)
+        if match is None:
+            raise OptionError(f"{text!r} is no compute capability, such as 8.9.")
+        return cls(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True)
+class SizeRequest:
+    """One ``--size``."""
+
+    name: str
+    size: int
+
+    @classmethod
+    def parse(cls, text: str) -> SizeRequest:
+        name, _, size = text.partition("=")
+        if not name.isidentifier() or not size.isdecimal():
+            raise OptionError(f"{text!r} is not NAME=VALUE, as in batch=4.")
+        return cls(name, int(size))
+
+
+def _usage(parse: Callable[[str], T]) -> Callable[[Any], T]:
+    """A parser of command line values whose complaints are usage errors."""
+
+    def parsed(value: Any) -> T:
+        try:
+            return parse(value) if isinstance(value, str) else value  # typer passes values through twice
+        except OptionError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parsed
+
+
+SourceArgument = Annotated[
+    Source,
+    typer.Argument(
+        parser=_usage(Source.parse),
+        metavar="SOURCE",
+        help="[bold]package.module:function[/bold] or [bold]path/to/file.py:function[/bold], where the function takes "
+        "nothing and returns (model, args), (model, args, kwargs), or a dict with the keys of trtbridge.convert(); "
+        "or an [bold].onnx[/bold] file.",
+    ),
+]
+BackendOption = Annotated[
+    BackendName | None,
+    typer.Option(
+        "--backend",
+        "-b",
+        metavar="NAME",
+        help="tensorrt, tensorrt_rtx, onnxruntime, or auto: the first of these that can build here. Default: auto.",
+    ),
+]
+DimOption = Annotated[
+    list[DimRequest] | None,
+    typer.Option(
+        "--dim",
+        "-d",
+        parser=_usage(DimRequest.parse),
+        metavar="DIM",
+        help="A dimension that varies: INPUT:AXIS=NAME:MIN:OPT:MAX, as x:0=batch:1:8:32. Then y:0=batch is the same, "
+        "and z:0=8 is fixed. Repeatable.",
+    ),
+]
+OpsetOption = Annotated[
+    int | None, typer.Option("--opset", metavar="N", help="ONNX opset of the export, 18 to 25. Default: 20.")
+]
+Tf32Option = Annotated[
+    bool | None, typer.Option("--tf32", help="Let float32 products use TF32 (about 1e-4 relative error).")
+]
+CapabilityOption = Annotated[
+    list[ComputeCapability] | None,
+    typer.Option(
+        "--compute-capability",
+        parser=_usage(ComputeCapability.parse),
+        metavar="X.Y",
+        help="A GPU to build for with TensorRT-RTX, as 8.9. Repeatable. Default: the one here, else any.",
+    ),
+]
+LevelOption = Annotated[
+    int | None,
+    typer.Option("--optimization-level", min=0, max=5, metavar="N", help="TensorRT's builder optimization level."),
+]
+WorkspaceOption = Annotated[
+    int | None, typer.Option("--workspace-mb", min=1, metavar="N", help="Most scratch memory of a layer, in MiB.")
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        metavar="DIR",
+        help="Folder for compiled kernels. Default: $TRTBRIDGE_CACHE_DIR, else the user's.",
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="Where it runs: cpu, cuda, cuda:1. Default: the backend's choice."),
+]
+TimeoutOption = Annotated[
+    float | None, typer.Option("--timeout-s", metavar="S", help="Most seconds that building one engine may take.")
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show the log, and what each pass did and left alone and why.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the whole log, and tracebacks of errors.")]
+ForceOption = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
+SizeOption = Annotated[
+    list[SizeRequest] | None,
+    typer.Option(
+        "--size",
+        parser=_usage(SizeRequest.parse),
+        metavar="NAME=N",
+        help="Size of a dynamic dimension of random inputs. Repeatable. Default: what it is tuned for.",
+    ),
+]
+
+
+def given_dims(requests: list[DimRequest] | None) -> list[DimRequest]:
+    """Every ``--dim`` with its range.
+
+    Raises:
+        typer.BadParameter: a name has no range, or two.
+    """
+    try:
+        return resolve_dims(requests or [])
+    except OptionError as error:
+        raise typer.BadParameter(str(error), param_hint="--dim") from None
+
+
+def given_options(
+    backend: BackendName | None,
+    opset: int | None,
+    tf32: bool | None,
+    capabilities: list[ComputeCapability] | None,
+    optimization_level: int | None,
+    workspace_mb: int | None,
+    cache_dir: Path | None,
+    device: str | None,
+    timeout_s: float | None,
+) -> dict[str, Any]:
+    """Those options of convert() that are given, so that the others keep what the source says."""
+    options = {
+        "backend": None if backend is None else backend.value,
+        "opset": opset,
+        "tf32": tf32,
+        "compute_capabilities": tuple((one.major, one.minor) for one in capabilities or []) or None,
+        "optimization_level": optimization_level,
+        "workspace_bytes": None if workspace_mb is None else workspace_mb << 20,
+        "cache_dir": cache_dir,
+        "device": device,
+        "timeout_s": timeout_s,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_writable(path: Path, force: bool) -> None:
+    """See that a file can be written, before long work is done for it.
+
+    Raises:
+        ModelFileError: it exists and may not be replaced, or its folder is missing or read-only.
+    """
+    if path.is_dir():
+        raise ModelFileError(f"{path} is a folder: name a file in it.")
+    if path.exists() and not force:
+        raise ModelFileError(f"{path} exists: choose another name with --output, or replace it with --force.")
+    if not path.parent.is_dir():
+        raise ModelFileError(f"There is no folder {path.parent} to write {path.name} into.")
+    if not os.access(path.parent, os.W_OK):
+        raise ModelFileError(f"Cannot write into the folder {path.parent}.")
