@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     RTX = False  # for type checkers alone, set by scripts/typecheck.py: true where ``tensorrt`` stands for TensorRT-RTX
 
+
+logger = logging.getLogger(__name__)
 
 _TF32_VARIABLE = "NVIDIA_TF32_OVERRIDE"
 
@@ -86,28 +89,48 @@ FLAVOURS = {
 
 
 _environment_lock = threading.Lock()
+# What TensorRT-RTX's library in this process has read of the environment: it looks once, so this mirrors its state.
+_seen_by_library: dict[str, bool] = {}
 
 
 @contextmanager
-def tf32_settled(flavour: Flavour, tf32: bool) -> Iterator[None]:
+def tf32_environment(flavour: Flavour, tf32: bool, in_this_process: bool = True) -> Iterator[None]:
     """Make TensorRT-RTX heed that TF32 is off, while it builds, loads an engine or makes a context.
 
-    RTX 1.6.1 was seen to use TF32 whatever BuilderFlag.TF32 says; only NVIDIA_TF32_OVERRIDE=0 turns it off, and it must
-    be the same when building and when loading. The variable is put back, since torch's own libraries read it too.
+    RTX 1.6.1 was seen to use TF32 whatever BuilderFlag.TF32 says; only NVIDIA_TF32_OVERRIDE=0 turns it off. It must be
+    the same when building and when loading, and the library reads it once a process. The variable is put back, since
+    torch's own libraries read it too.
+
+    Args:
+        flavour: TensorRT needs none of this.
+        tf32: whether the engine may use TF32.
+        in_this_process: whether the library runs here rather than in a child that inherits the environment.
+
+    Raises:
+        BackendError: an engine with TF32 was loaded in this process before, so that this one cannot be without.
     """
-    if tf32 or not flavour.jit:
+    if not flavour.jit:
         yield
         return
     with _environment_lock:
+        seen = _seen_by_library.setdefault(flavour.name, tf32) if in_this_process else tf32
+        if seen and not tf32:
+            raise BackendError(
+                f"{flavour.title} settles TF32 once a process, and an engine with tf32=True was loaded in this one: "
+                "load this engine in another process, or convert it with tf32=True too."
+            )
+        if tf32 and not seen:
+            logger.warning("an engine without TF32 was loaded in this process before, so this one computes without too")
         before = os.environ.get(_TF32_VARIABLE)
-        os.environ[_TF32_VARIABLE] = "0"
+        if not tf32:
+            os.environ[_TF32_VARIABLE] = "0"
         try:
             yield
         finally:
-            if before is None:
-                del os.environ[_TF32_VARIABLE]
-            else:
+            if before is not None:
                 os.environ[_TF32_VARIABLE] = before
+            elif not tf32:
+                del os.environ[_TF32_VARIABLE]
 
 
 def target_gpus(

@@ -28,7 +28,7 @@ from ..dtypes import to_torch
 from ..model import Origin
 from . import trt_build
 from .base import BackendStatus, BuildOptions, Engine, Progress, Refusal, Segment
-from .flavour import FLAVOURS, Flavour, JitCache, tf32_settled
+from .flavour import FLAVOURS, Flavour, JitCache, tf32_environment
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -129,7 +129,7 @@ class TensorRtExecutable:
         self._outputs = tuple((spec.name, to_torch(spec.dtype)) for spec in engine.outputs)
         self._tf32 = bool(engine.info.get("tf32"))
         plan = engine.parts[_ENGINE_PART]
-        with torch.cuda.device(self.device), tf32_settled(flavour, self._tf32):
+        with torch.cuda.device(self.device), tf32_environment(flavour, self._tf32):
             torch.cuda.current_stream()  # makes torch's context the current one
             self._logger = trt.Logger(trt.ILogger.ERROR)
             self._runtime = trt.Runtime(self._logger)
@@ -182,7 +182,7 @@ class TensorRtExecutable:
         return context.run(inputs, capturing=True)
 
     def _new_context(self) -> _Context:
-        with torch.cuda.device(self.device), tf32_settled(self._flavour, self._tf32):
+        with torch.cuda.device(self.device), tf32_environment(self._flavour, self._tf32):
             config = self._jit.config
             made = self._engine.create_execution_context(config) if config else self._engine.create_execution_context()
         if made is None:
@@ -357,9 +357,9 @@ def _run(
 ) -> trt_build.Outcome:
     report = progress or (lambda phase, fraction: None)
     if not options.isolate:
-        with tf32_settled(flavour, options.tf32):
+        with tf32_environment(flavour, options.tf32):
             return trt_build.run_job(folder, report)
-    with tf32_settled(flavour, options.tf32):
+    with tf32_environment(flavour, options.tf32, in_this_process=False):
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path or "." for path in sys.path))
     command = [sys.executable, "-m", trt_build.__name__, str(folder)]
     last_phase = "starting"

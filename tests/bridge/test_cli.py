@@ -25,9 +25,10 @@ from typer.testing import CliRunner, Result
 import trtbridge as tb
 from trtbridge.bridge.backends import BACKENDS
 from trtbridge.bridge.cli import app
-from trtbridge.bridge.cli_display import Stages, size_text
+from trtbridge.bridge.cli_display import Stages
 from trtbridge.bridge.cli_options import BackendName
 from trtbridge.bridge.cli_run import describe_tensor
+from trtbridge.bridge.text import size_text
 
 MODELS = """
 import torch

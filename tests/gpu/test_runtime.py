@@ -645,7 +645,6 @@ def test_kernels_are_kept_between_processes(backend: str, cuda: torch.device, tm
     )
     assert kept() == files
     assert warm["sum"] == cold["sum"]
-    assert warm["call"] + warm["load"] < cold["call"] + cold["load"]
 
 
 def test_a_damaged_kernel_cache_does_no_harm(
