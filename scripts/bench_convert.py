@@ -296,7 +296,7 @@ def _ours(case: Case, run: Run, talk: _Talk) -> None:
 
 
 def _build_phases(marks: Sequence[tuple[str, float]], build_seconds: float) -> dict[str, float]:
-    """Where the build spends its time: before the parser, in it, in the builder (all of its phases), and after them."""
+    """Where the build spends its time: before the parser, in it, in the builder, and from its last phase on."""
     begin = next((at for stage, at in marks if stage == "build"), None)
     phases = [(stage.partition(": ")[2], at) for stage, at in marks if stage.startswith("build: ")]
     parsing = next((at for phase, at in phases if phase == "Parsing"), None)
@@ -308,7 +308,7 @@ def _build_phases(marks: Sequence[tuple[str, float]], build_seconds: float) -> d
         "build: write weights, start process": parsing - begin,
         "build: parse": building - parsing,
         "build: builder": last - building,
-        "build: write and read engine": begin + build_seconds - last,
+        "build: finish, write and read engine": begin + build_seconds - last,
     }
 
 
@@ -551,7 +551,7 @@ def table(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
             ("  reached in", bare.peak_stage, ours.peak_stage),
             ("  private part at most", size(bare.peak_private_bytes), size(ours.peak_private_bytes)),
             (
-                f"limit: {MEMORY_LIMIT} weights, the model's among them, + bare's peak",
+                f"limit: bare's + {MEMORY_LIMIT - 1} weights (the model is 1 more)",
                 "",
                 f"{size(verdict.memory_limit_bytes)} {holds[verdict.memory_holds]}",
             ),
@@ -580,13 +580,20 @@ def machine() -> str:
 def notes(verdicts: Sequence[Verdict], repeats: int, load: tuple[float, float]) -> list[str]:
     """What one must know to read the numbers."""
     versions = ", ".join(f"{name} {version}" for name, version in verdicts[0].ours.versions.items())
-    return [
+    noisy = [TITLES[v.name] for v in verdicts if abs(v.own_seconds) < max(v.spread)]
+    remarks = [
         f"{dt.date.today()}; {machine()}; {versions}.",
         f"Medians of {repeats} fresh processes each, bare and convert in turns; load average {load[0]:.1f} before and "
         f"{load[1]:.1f} after (both count this benchmark). Memory is from one more process each.",
         "; ".join(f"{TITLES[v.name]}: {v.ours.parameters / 1e6:.1f} M parameters" for v in verdicts)
         + f"; random float32 weights, opset {OPSET}, batch 1 to 32, sequence 8 to 512.",
     ]
+    if noisy:
+        remarks.append(
+            f"{' and '.join(noisy)}: repeats of the same run differ by more than bare and convert do, so that the "
+            "ratio tells less than its digits."
+        )
+    return remarks
 
 
 def page(verdicts: Sequence[Verdict], remarks: Sequence[str]) -> str:
@@ -643,7 +650,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(str(error), style="red", markup=False)
         return 2
     headings, rows = table(verdicts)
-    shown = Table(*headings[:1], title="convert beside a bare export, parser and builder")
+    shown = Table(title="convert beside a bare export, parser and builder")
+    shown.add_column("", no_wrap=True)
     for heading in headings[1:]:
         shown.add_column(heading, justify="right")
     for row in rows:
