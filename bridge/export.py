@@ -154,7 +154,10 @@ def _translate(program: torch.export.ExportedProgram, opset: int, name: str) -> 
             plugins |= more
         else:
             assert result is not None
-            simplify(result.model)
+            try:
+                simplify(result.model)
+            except Exception as error:
+                raise ExportError(_translation_message(error, name)) from error
             return result
 
 

@@ -61,7 +61,6 @@ class _Partitioner:
         graph = self.model.proto.graph
         self.nodes = list(graph.node)
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
-        self.graph_inputs = {value.name for value in graph.input}
         self.graph_outputs = [value.name for value in graph.output]
         self.types = _tensor_types(self.model.proto)
         self.reads = {id(node): _reads(node) for node in self.nodes}
@@ -136,7 +135,7 @@ class _Partitioner:
             if node.op_type != "Cast" or node.domain:
                 continue
             source, target = node.input[0], node.output[0]
-            to = ir.DataType(next(a.i for a in node.attribute if a.name == "to"))
+            to = _cast_target(node)
             if target in self.graph_outputs:
                 continue
             before_plugin = to in _PLUGIN_ONLY_TYPES and all(map(is_plugin, readers.get(target, ())))
@@ -146,14 +145,10 @@ class _Partitioner:
             for name in plugin.output:
                 casts = readers.get(name, [])
                 kind = self.types.get(name, (None, None))[0]
-                if (
-                    kind in _PLUGIN_ONLY_TYPES
-                    and casts
-                    and name not in self.graph_outputs
-                    and all(c.op_type == "Cast" for c in casts)
-                ):
-                    for cast in casts:
-                        self.absorbed.setdefault(cast.output[0], (name, ir.DataType(cast.attribute[0].i)))
+                # With more readers than one cast the tensor itself must stay.
+                single = len(casts) == 1 and casts[0].op_type == "Cast" and name not in self.graph_outputs
+                if kind in _PLUGIN_ONLY_TYPES and single and casts[0].output[0] not in self.graph_outputs:
+                    self.absorbed.setdefault(casts[0].output[0], (name, _cast_target(casts[0])))
 
     def _measure_depths(self) -> None:
         static = set(self.initializers)
@@ -253,6 +248,10 @@ class _Partitioner:
             elif name in self.initializers:
                 found[name] = ir.serde.deserialize_tensor(self.initializers[name])
         return found
+
+
+def _cast_target(node: onnx.NodeProto) -> ir.DataType:
+    return ir.DataType(next(attribute.i for attribute in node.attribute if attribute.name == "to"))
 
 
 def made_in_order(nodes: Iterable[onnx.NodeProto]) -> list[str]:

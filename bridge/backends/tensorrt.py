@@ -8,6 +8,7 @@ import logging
 import mmap
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -446,7 +447,10 @@ def _failure(flavour: Flavour, segment: Segment, outcome: trt_build.Outcome) -> 
     if words:
         text += "\n  " + "\n  ".join(words[-8:])
     joined = "\n".join(words)
-    named = [node for node in segment.proto.graph.node if node.name and node.name in joined]
+    nodes = segment.proto.graph.node
+    named = [node for node in nodes if node.name and node.name in joined]
+    # The builder may speak of the kind of a node alone: "Attention operation was not supported".
+    named = named or [node for node in nodes if len(node.op_type) > 4 and re.search(rf"\b{node.op_type}\b", joined)]
     for node in named[:8]:
         text += f"\n  {node.op_type} {node.name!r} is from {segment.provenance.get(node.output[0], Origin())}"
     return text

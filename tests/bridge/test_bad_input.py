@@ -320,6 +320,21 @@ def test_attention_that_crashes_the_builder(tmp_path: Path) -> None:
 
 
 @pytest.mark.rtx
+def test_builder_that_refuses_names_the_lines() -> None:
+    """Opset 23 writes attention as one node, for which there is no kernel in float32."""
+    pytest.importorskip("tensorrt_rtx")
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, k + 1)
+
+    args = (torch.ones(1, 2, 16, 64), torch.ones(1, 2, 16, 64))
+    with pytest.raises(tb.BuildError, match=r"(?s)cannot build segment0.*Attention .*is from .*scaled_dot_product"):
+        tb.convert(Attend(), args, backend="tensorrt_rtx", opset=23)
+    assert tb.convert(Attend(), args, backend="tensorrt_rtx").program.engines
+
+
+@pytest.mark.rtx
 def test_build_that_takes_too_long() -> None:
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(tb.BuildError, match=r"longer than timeout_s=0.01"):

@@ -232,6 +232,25 @@ def test_types_that_tensorrt_lacks(convert_both: Callable[..., Any]) -> None:
     assert [t.dtype for t in fast(*calls[0][0])] == [torch.float64, torch.int16, torch.int64]
 
 
+class ManyCasts(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        best = torch.cummax(x.double() * 2, dim=1).values
+        return best.float() + 1, best.long() + 1, torch.cummin(best, dim=1).values.half() * 2
+
+
+def test_plugin_results_of_a_type_that_tensorrt_lacks_read_in_several(convert_both: Callable[..., Any]) -> None:
+    convert_both(ManyCasts(), [((torch.arange(8.0).view(2, 4),), {})])
+
+
+def test_dims_that_stand_in_derived_dims_alone(assert_same: Callable[..., None]) -> None:
+    pairs = torch.nn.Flatten(0)
+    fast = tb.convert(pairs, (torch.ones(4, 3),), dynamic_shapes=({0: 2 * tb.Dim("n", max=5)},), backend="onnxruntime")
+    assert fast.program.signature.outputs[0].ranges == ((6, 12, 30),)
+    assert_same(fast(torch.ones(10, 3)), torch.ones(30))
+    with pytest.raises(tb.InputError, match=r"2\*n with n from 1 to 5, got 3"):
+        fast(torch.ones(3, 3))
+
+
 class TwoGigabytes(torch.nn.Module):
     """Two weights of 1.1 GB: over protobuf's limit together."""
 
