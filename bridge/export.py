@@ -21,6 +21,7 @@ from .dtypes import from_torch
 from .guards import guards_always_hold
 from .model import INLINE_LIMIT_BYTES, OnnxModel, Signature, TensorSpec, make_stand_in
 from .origins import compact_origins, strip_prefix, user_frame
+from .side_effects import side_effects
 from .simplify import simplify
 from .structure import CONSTANTS, Structure, flatten
 from .untranslatable import blamed_ops, find_untranslatable, translation_table
@@ -121,6 +122,8 @@ def _trace(model: torch.nn.Module, arguments: Arguments) -> tuple[torch.export.E
         raise _explain_trace(error, name, arguments) from error
     if not program.graph_signature.user_outputs:
         raise ExportError(f"{name} returns no tensor, so there is nothing for an engine to compute.")
+    for effect in side_effects(program, arguments.labels, _MODULE):
+        logger.warning("%s %s", name, effect)
     for label, value in structures[-1].constants("output"):
         if not isinstance(value, (*CONSTANTS, enum.Enum)):
             raise ExportError(

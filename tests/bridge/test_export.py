@@ -124,6 +124,28 @@ def test_example_sizes_do_not_become_constants() -> None:
     torch.testing.assert_close(fast(x, y), Outer()(x, y))
 
 
+def test_side_effects_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            y[:1].add_(1)
+            x = x.clone().mul_(1)  # memory of its own: no side effect
+            return x + y + self.calls
+
+    model = Counting()
+    fast = tb.convert(model, (torch.zeros(2), torch.zeros(2)), backend="onnxruntime")
+    assert "changes its buffers calls" in caplog.text
+    assert "changes its inputs y in place" in caplog.text, "through a view, and not x"
+    assert model.calls == 0
+    y = torch.zeros(2)
+    assert fast(torch.zeros(2), y).tolist() == fast(torch.zeros(2), y).tolist() == [2.0, 1.0]
+    assert y.tolist() == [0.0, 0.0]
+
+
 def test_training_flag_means_eval() -> None:
     model = torch.nn.Sequential(torch.nn.Dropout(0.9), torch.nn.BatchNorm1d(4)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
