@@ -22,7 +22,7 @@ from .backends.base import Backend, Progress, Refusal
 from .cache import resolve_cache_dir
 from .dtypes import to_torch
 from .export import export
-from .model import TensorSpec
+from .model import Signature
 from .module import EngineModule, pick_device
 from .onnx_file import read_onnx
 from .options import Options
@@ -190,13 +190,12 @@ class Explanation:
         steps: a line a step: segments with their nodes, plugins with their Python lines and reasons.
         refusals: nodes that the backend's parser does not take, by segment.
         passes: a line a pass.
-        inputs, outputs: specs.
+        signature: inputs and outputs.
     """
 
     backend: str
     source: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    signature: Signature
     steps: tuple[str, ...]
     refusals: Mapping[str, Sequence[Refusal]]
     passes: tuple[str, ...]
@@ -208,13 +207,13 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.source} on {self.backend}"]
-        lines += [f"  input  {spec}" for spec in self.inputs]
+        lines += [f"  input {line}" for line in self.signature.describe_inputs()]
         lines += [f"  {line}" for line in self.passes]
         for step in self.steps:
             lines.append(f"  {step}")
             name = step.partition(":")[0]
             lines += ["    refused: " + str(refusal).replace("\n", "\n    ") for refusal in self.refusals.get(name, ())]
-        lines += [f"  output {spec}" for spec in self.outputs]
+        lines += [f"  output {line}" for line in self.signature.describe_outputs()]
         lines.append("  converts" if self.converts else "  does not convert: the parser refuses the nodes above")
         return "\n".join(lines)
 
@@ -251,9 +250,7 @@ def explain(
         listed = ", ".join(f"{count} {op}" for op, count in sorted(counts.items(), key=lambda item: -item[1]))
         lines.append(f"{step.name}: engine of {sum(counts.values())} nodes ({listed})")
     passes = tuple(f"pass {r.name}: {r.rewrites} rewrites, {len(r.refusals)} near misses" for r in report)
-    return Explanation(
-        builder.name, plan.source, plan.signature.inputs, plan.signature.outputs, tuple(lines), refusals, passes
-    )
+    return Explanation(builder.name, plan.source, plan.signature, tuple(lines), refusals, passes)
 
 
 def save(module: EngineModule, path: str | os.PathLike[str]) -> None:

@@ -14,8 +14,8 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import ModelFileError
-from .dims import Range, Shape, evaluate_range
-from .structure import Structure
+from .dims import Range, Shape, evaluate_range, names_in
+from .structure import Structure, leaf_labels
 
 ORIGIN_KEY = "trtbridge.origin"
 """Key of the node metadata entry that holds an `Origin` as JSON."""
@@ -53,8 +53,13 @@ class TensorSpec:
     def is_dynamic(self) -> bool:
         return any(not isinstance(size, int) for size in self.shape)
 
+    @property
+    def type_text(self) -> str:
+        """Shape and dtype, for people."""
+        return f"({', '.join('?' if s is None else str(s) for s in self.shape)}) {self.dtype.name.lower()}"
+
     def __str__(self) -> str:
-        return f"{self.name}: ({', '.join('?' if s is None else str(s) for s in self.shape)}) {self.dtype.name.lower()}"
+        return f"{self.name}: {self.type_text}"
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype.name, "shape": list(self.shape), "ranges": list(self.ranges)}
@@ -86,6 +91,20 @@ class Signature:
     input_structure: Structure
     output_structure: Structure
     parameters: tuple[str, ...] = ()
+
+    def describe_inputs(self) -> list[str]:
+        """A line an input: its place in the call, shape, dtype, and the ranges of its dims."""
+        lines = []
+        for label, spec in zip(self.labels, self.inputs, strict=True):
+            used = {name for size in spec.shape if isinstance(size, str) for name in names_in(size)}
+            ranges = [f"{n} in [{r[0]}, {r[2]}], tuned for {r[1]}" for n, r in self.dims.items() if n in used]
+            lines.append(f"{label}: {spec.type_text}" + (f"  ({', '.join(ranges)})" if ranges else ""))
+        return lines
+
+    def describe_outputs(self) -> list[str]:
+        """A line an output: its place in the result, shape and dtype."""
+        labels = leaf_labels(self.output_structure, "")
+        return [f"{label or spec.name}: {spec.type_text}" for label, spec in zip(labels, self.outputs, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
         return {

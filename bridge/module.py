@@ -18,7 +18,7 @@ from .dtypes import to_torch
 from .model import Signature, TensorSpec
 from .program import EngineStep, Program
 from .runtime import RunningProgram
-from .structure import child_labels, leaf_labels, matches
+from .structure import child_labels, matches
 from .text import size_text
 
 
@@ -254,18 +254,14 @@ class _Leaf:
         return ""
 
     def _expected(self) -> str:
-        return f"of {self.spec}".replace(f"{self.spec.name}: ", "")
+        return f"of {self.spec.type_text}"
 
 
 def describe(program: Program) -> str:
     """A program as text."""
     lines = [f"{program.source or 'program'} on {program.backend}, {size_text(program.size_bytes)}"]
     signature = program.signature
-    for label, spec in zip(signature.labels, signature.inputs, strict=True):
-        ranges = ", ".join(
-            f"{n} in [{r[0]}, {r[2]}], tuned for {r[1]}" for n, r in signature.dims.items() if n in str(spec.shape)
-        )
-        lines.append(f"  input {label}: {str(spec).split(': ', 1)[1]}" + (f"  ({ranges})" if ranges else ""))
+    lines += [f"  input {line}" for line in signature.describe_inputs()]
     for step in program.steps:
         if isinstance(step, EngineStep):
             info = step.engine.info
@@ -276,9 +272,7 @@ def describe(program: Program) -> str:
             lines.append(f"  {step.name}: engine of {size}{layers}, {program.backend}{version}{target}")
         else:
             lines.append(f"  plugin {step.op} from {step.origin}")
-    labels = leaf_labels(signature.output_structure, "")
-    for label, spec in zip(labels, signature.outputs, strict=True):
-        lines.append(f"  output {label or spec.name}: {str(spec).split(': ', 1)[1]}")
+    lines += [f"  output {line}" for line in signature.describe_outputs()]
     constants = [f"{label}={value!r}" for label, value in _fixed(signature) if value is not None]
     if constants:
         lines.append(f"  fixed arguments: {', '.join(constants)}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,10 @@ from trtbridge.bridge.backends import get_backend
 from trtbridge.bridge.convert import Stages, build, plan_model
 from trtbridge.bridge.options import Options
 from trtbridge.bridge.structure import flatten
+
+# A busy machine is no failure of the code.
+hypothesis.settings.register_profile("trtbridge", deadline=None)
+hypothesis.settings.load_profile("trtbridge")
 
 
 @pytest.fixture(autouse=True)
