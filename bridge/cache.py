@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +22,8 @@ from ..errors import CacheError
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "TRTBRIDGE_CACHE_DIR"
+_CALLS_LOOKED_AT = 2
+_MOST_SHAPES = 256  # of one engine; kernels for further ones are compiled again in the next process
 
 
 def resolve_cache_dir(cache_dir: str | os.PathLike[str] | None) -> Path | None:
@@ -79,7 +81,7 @@ class JitCacheFile:
     def __init__(self, folder: Path | None, plan: bytes | bytearray | memoryview, version: str) -> None:
         self._path: Path | None = None
         self._lock = threading.Lock()
-        self._calls_left = 2  # kernels are compiled in the first calls
+        self._calls: dict[Hashable, int] = {}  # by input shapes
         if folder is not None:
             digest = hashlib.sha256(plan)
             digest.update(f"{version}|{torch.cuda.get_device_name()}".encode())
@@ -92,14 +94,22 @@ class JitCacheFile:
             return None
         return self._path.read_bytes()
 
-    def update(self, serialize: Callable[[], bytes]) -> None:
-        """Keep what was compiled; called after each call, writes after the first few alone."""
-        if self._path is None or self._calls_left == 0:
+    def update(self, shapes: Hashable, serialize: Callable[[], bytes]) -> None:
+        """Keep what was compiled; called after each call of the engine.
+
+        Kernels are compiled when shapes are new, some of them in the background, so the first two calls of each are
+        looked at, and a file is written where there is something new.
+
+        Args:
+            shapes: of the call's inputs.
+            serialize: gives everything compiled so far.
+        """
+        if self._path is None or self._calls.get(shapes, 0) == _CALLS_LOOKED_AT:
             return
         with self._lock:
-            if self._calls_left == 0:
+            if shapes not in self._calls and len(self._calls) == _MOST_SHAPES:
                 return
-            self._calls_left -= 1
+            self._calls[shapes] = min(self._calls.get(shapes, 0) + 1, _CALLS_LOOKED_AT)
             data = serialize()
             if data and (not self._path.exists() or self._path.stat().st_size != len(data)):
                 try:

@@ -21,7 +21,7 @@ from .backends import choose_backend
 from .backends.base import Backend, Progress, Refusal
 from .cache import resolve_cache_dir
 from .dtypes import to_torch
-from .export import export
+from .export import DEFAULT_OPSET, export
 from .model import Signature
 from .module import EngineModule, pick_device
 from .onnx_file import read_onnx
@@ -90,6 +90,7 @@ def convert(
     """
     chosen = Options.make(options)
     builder, reason = choose_backend(backend)
+    builder.check_options(chosen.build)
     resolve_cache_dir(chosen.cache_dir)  # fails now rather than after minutes of building
     device = chosen.device
     if device is None and builder.name == "onnxruntime" and isinstance(model, torch.nn.Module):
@@ -102,7 +103,7 @@ def convert(
         "backend_choice": reason,
         "stage_seconds": stages.seconds,
         "passes": [{"name": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 4)} for r in report],
-        "opset": chosen.opset,
+        "opset": next((o.version for s in plan.segments for o in s.proto.opset_import if not o.domain), None),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     return EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)
@@ -123,9 +124,13 @@ def plan_model(
                 raise InputError("An .onnx file brings its own shapes and dtypes: leave args and kwargs out.")
             if dynamic_shapes is not None and not isinstance(dynamic_shapes, Mapping):
                 raise OptionError("For an .onnx file dynamic_shapes is a dict by input name.")
+            if options.opset is not None:
+                raise OptionError(f"opset={options.opset}: an .onnx file has its own opset; leave the option out.")
             onnx_model = read_onnx(model, dynamic_shapes)
         else:
-            onnx_model = export(model, args, kwargs, dynamic_shapes=dynamic_shapes, opset=options.opset)
+            onnx_model = export(
+                model, args, kwargs, dynamic_shapes=dynamic_shapes, opset=options.opset or DEFAULT_OPSET
+            )
     with stages.stage("passes"):
         result = options.passes.run(onnx_model.proto, onnx_model.weights)
         onnx_model = dataclasses.replace(onnx_model, proto=result.proto, weights=result.weights)
@@ -234,6 +239,7 @@ def explain(
     """
     chosen = Options.make(options)
     builder, _ = choose_backend(backend)
+    builder.check_options(chosen.build)
     plan, report = plan_model(model, args, kwargs, dynamic_shapes, chosen, Stages(progress=chosen.progress))
     refusals: dict[str, Sequence[Refusal]] = {}
     lines = []

@@ -198,7 +198,7 @@ def _finish(
         parameters=arguments.parameters,
     )
     logger.debug("symbols renamed: %s", symbols)
-    return OnnxModel(proto, kept, signature, source, {"torch": torch.__version__, "onnx_ir": ir.__version__})
+    return OnnxModel(proto, kept, signature, source)
 
 
 def _input_shape(tensor: torch.Tensor, leaf: Mapping[int, Any]) -> tuple[Size, ...]:

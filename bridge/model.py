@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,6 @@ class TensorSpec:
     def make(cls, name: str, dtype: ir.DataType, shape: Shape, dims: Mapping[str, Range]) -> TensorSpec:
         """A spec whose ranges are evaluated from those of the named dims."""
         return cls(name, dtype, tuple(shape), tuple(evaluate_range(size, dims) for size in shape))
-
-    @property
-    def is_dynamic(self) -> bool:
-        return any(not isinstance(size, int) for size in self.shape)
 
     @property
     def type_text(self) -> str:
@@ -186,7 +182,6 @@ class OnnxModel:
     weights: Mapping[str, ir.TensorProtocol]
     signature: Signature
     source: str = ""
-    exported_with: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def provenance(self) -> Mapping[str, Origin]:

@@ -73,7 +73,7 @@ def read_onnx(path: str | os.PathLike[str], dynamic_shapes: Mapping[str, Any] | 
         output_structure=TENSOR if single else Structure("dict", (TENSOR,) * len(outputs), tuple(outputs)),
         parameters=tuple(names),
     )
-    return OnnxModel(proto, weights, signature, path.name, {"producer": proto.producer_name})
+    return OnnxModel(proto, weights, signature, path.name)
 
 
 def _load(path: Path) -> onnx.ModelProto:

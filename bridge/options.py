@@ -15,7 +15,6 @@ from ..errors import OptionError
 from ..passes.default import DEFAULT
 from ..passes.pipeline import Pipeline
 from .backends.base import BuildOptions, Progress
-from .export import DEFAULT_OPSET
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Options:
     """Options of `convert`, beyond the model, its arguments and the backend.
 
     Attributes:
-        opset: ONNX opset of the export. 20 is taken by every backend; 23 and later write attention as one node, which
-            builds in some cases only.
+        opset: ONNX opset of the export of a module; None for 20, which every backend takes. 23 and later write
+            attention as one node, which builds in some cases only. An .onnx file has its own.
         passes: the graph passes and their order.
         tf32: let fp32 matrix products and convolutions use TF32 (about 1e-4 relative error). Off, as in torch.matmul.
         optimization_level: TensorRT's builder optimization level, 0 to 5.
@@ -38,7 +37,7 @@ class Options:
         progress: called with (stage, fraction) while converting.
     """
 
-    opset: int = DEFAULT_OPSET
+    opset: int | None = None
     passes: Pipeline = field(default_factory=lambda: DEFAULT)
     tf32: bool = False
     optimization_level: int | None = None
@@ -72,7 +71,8 @@ class Options:
             if not condition:
                 raise OptionError(f"{name}={getattr(self, name)!r}: must be {what}.")
 
-        need(_is_int(self.opset) and 18 <= self.opset <= 25, "opset", "an ONNX opset from 18 to 25")
+        opset = self.opset
+        need(opset is None or (_is_int(opset) and 18 <= opset <= 25), "opset", "an ONNX opset from 18 to 25")
         need(isinstance(self.passes, Pipeline), "passes", "a passes.Pipeline, such as trtbridge.DEFAULT")
         for name in ("tf32", "isolate"):
             need(isinstance(getattr(self, name), bool), name, "True or False")

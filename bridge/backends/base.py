@@ -151,6 +151,14 @@ class Backend(Protocol):
         """What it can do here. Never raises."""
         ...
 
+    def check_options(self, options: BuildOptions) -> None:
+        """Refuse, before any work, options that this backend cannot heed.
+
+        Raises:
+            OptionError: an option is not for this backend, or has a value that it does not know.
+        """
+        ...
+
     def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
         """Ask the parser alone: every node that it refuses, empty where it takes all.
 

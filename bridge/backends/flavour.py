@@ -133,20 +133,45 @@ def tf32_environment(flavour: Flavour, tf32: bool, in_this_process: bool = True)
                 del os.environ[_TF32_VARIABLE]
 
 
+def find_capabilities(flavour: Flavour, capabilities: Sequence[tuple[int, int]]) -> list[Any]:
+    """TensorRT-RTX's ComputeCapability members for compute capabilities such as (8, 9).
+
+    Raises:
+        OptionError: TensorRT-RTX knows no such compute capability, or the flavour takes none.
+    """
+    if not capabilities:
+        return []
+    if not flavour.jit:
+        raise OptionError(
+            "compute_capabilities is for TensorRT-RTX; TensorRT builds for the GPU that is present. "
+            'Leave it out or use backend="tensorrt_rtx".'
+        )
+    if TYPE_CHECKING and not RTX:
+        return []
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.module()
+    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
+    for major, minor in capabilities:
+        if f"SM{major}{minor}" not in known:
+            raise OptionError(
+                f"compute_capabilities: {flavour.name} {trt.__version__} cannot build for {major}.{minor}; "
+                f"it knows {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}. On such a GPU leave the option out."
+            )
+    return [known[f"SM{major}{minor}"] for major, minor in capabilities]
+
+
 def target_gpus(
     flavour: Flavour, config: trt.IBuilderConfig, capabilities: Sequence[tuple[int, int]], gpu_present: bool
 ) -> None:
     """Choose the GPUs that an RTX engine is compiled for: those named, else the one present, else all that it knows.
 
     Raises:
-        OptionError: TensorRT-RTX knows no such compute capability, or the flavour takes none.
+        OptionError: as `find_capabilities`.
     """
+    wanted = find_capabilities(flavour, capabilities)
     if not flavour.jit:
-        if capabilities:
-            raise OptionError(
-                "compute_capabilities is for TensorRT-RTX; TensorRT builds for the GPU that is present. "
-                'Leave it out or use backend="tensorrt_rtx".'
-            )
         return
     if TYPE_CHECKING and not RTX:
         return
@@ -154,15 +179,6 @@ def target_gpus(
         import tensorrt as trt
     else:
         trt = flavour.module()
-    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
-    wanted = []
-    for major, minor in capabilities:
-        if f"SM{major}{minor}" not in known:
-            raise OptionError(
-                f"compute_capabilities: {flavour.name} {trt.__version__} cannot build for {major}.{minor}; "
-                f"it knows {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}. On such a GPU leave the option out."
-            )
-        wanted.append(known[f"SM{major}{minor}"])
     if not wanted and gpu_present:
         wanted = [trt.ComputeCapability.CURRENT]
     if wanted:  # without any the engine is portable

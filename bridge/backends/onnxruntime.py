@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
-from ...errors import BackendError, ExecutionError, UnsupportedOpError
+from ...errors import BackendError, ExecutionError, OptionError, UnsupportedOpError
 from ..model import TensorSpec, iterate_nodes
 from .base import BackendStatus, BuildOptions, Engine, Progress, Refusal, Segment
 from .ort_refusals import find_refusals
@@ -60,6 +60,17 @@ class OnnxRuntimeBackend:
         except Exception as error:  # a broken installation can raise anything
             return BackendStatus(self.name, reason=str(error))
         return BackendStatus(self.name, version=ort.__version__, can_build=True, can_run=True, devices=devices)
+
+    def check_options(self, options: BuildOptions) -> None:
+        """Refuse options that are TensorRT's alone.
+
+        Raises:
+            OptionError: one of them is set; the message names it.
+        """
+        unset = BuildOptions()
+        for name in ("optimization_level", "workspace_bytes", "compute_capabilities", "timeout_s"):
+            if getattr(options, name) != getattr(unset, name):
+                raise OptionError(f"{name} is for TensorRT; backend 'onnxruntime' has no such option. Leave it out.")
 
     def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
         """Ask ONNX Runtime for a kernel for every node, with zeros in place of the weights.

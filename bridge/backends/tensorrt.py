@@ -25,7 +25,7 @@ from ...errors import BackendError, BuildError, DynamicShapeError, UnsupportedOp
 from ..model import Origin
 from . import trt_build
 from .base import BackendStatus, BuildOptions, Engine, Progress, Refusal, Segment
-from .flavour import FLAVOURS, Flavour, tf32_environment
+from .flavour import FLAVOURS, Flavour, find_capabilities, tf32_environment
 from .trt_run import ENGINE_PART, TensorRtExecutable
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,9 @@ class TensorRtBackend:
         if not gpu:
             reasons.append(_no_gpu(self.flavour))
         return BackendStatus(self.name, version, can_build, gpu, " ".join(reasons), ("cuda",) if gpu else ())
+
+    def check_options(self, options: BuildOptions) -> None:
+        find_capabilities(self.flavour, options.compute_capabilities)
 
     def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
         self._require_build()

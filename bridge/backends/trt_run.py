@@ -69,7 +69,7 @@ class TensorRtExecutable:
         finally:
             self._contexts.put(context)
             if self._jit_file is not None:
-                self._jit_file.update(self._jit.serialize)
+                self._jit_file.update(tuple(tensor.shape for tensor in inputs), self._jit.serialize)
 
     def _capture(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run within the capture of a CUDA graph by the caller.

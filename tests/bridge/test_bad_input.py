@@ -189,6 +189,9 @@ def test_dims(make: Callable[[], tb.Dim]) -> None:
         ({"compute_capabilities": (8.9,)}, ["compute_capabilities", "(8, 9)"]),
         ({"timeout_s": 5.0, "isolate": False}, ["timeout_s", "isolate=False"]),
         ({"passes": ["fold"]}, ["passes", "DEFAULT"]),
+        ({"backend": "onnxruntime", "optimization_level": 3}, ["optimization_level", "for TensorRT", "Leave it out"]),
+        ({"backend": "onnxruntime", "compute_capabilities": ((8, 9),)}, ["compute_capabilities", "for TensorRT"]),
+        ({"backend": "onnxruntime", "timeout_s": 9.0}, ["timeout_s", "for TensorRT"]),
         ({"backend": "tensorflow"}, ["'tensorflow'", "'onnxruntime'"]),
     ],
 )
@@ -197,6 +200,14 @@ def test_options(options: dict[str, Any], words: list[str]) -> None:
         tb.convert(Model(), (X, Y), **options)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.rtx
+def test_unknown_compute_capability_is_found_before_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr("trtbridge.bridge.convert.export", lambda *_, **__: pytest.fail("exported first"))
+    with pytest.raises(tb.OptionError, match=r"cannot build for 5.0; it knows 7.5"):
+        tb.convert(Model(), (X, Y), backend="tensorrt_rtx", compute_capabilities=((5, 0),))
 
 
 def test_wrong_arguments_for_forward() -> None:

@@ -79,6 +79,12 @@ def test_arguments_beside_a_file_are_refused(tmp_path: Path) -> None:
         tb.convert(tmp_path / "m.onnx", (torch.ones(2, 16),), backend="onnxruntime")
 
 
+def test_an_opset_beside_a_file_is_refused(tmp_path: Path) -> None:
+    onnx.save(_model(), tmp_path / "m.onnx")
+    with pytest.raises(tb.OptionError, match="has its own opset"):
+        tb.convert(tmp_path / "m.onnx", dynamic_shapes={"x": {0: 2}}, backend="onnxruntime", opset=20)
+
+
 def test_missing_external_data(tmp_path: Path) -> None:
     onnx.save(_model(), tmp_path / "m.onnx", save_as_external_data=True, location="data.bin", size_threshold=0)
     (tmp_path / "data.bin").unlink()

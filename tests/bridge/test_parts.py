@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import trtbridge as tb
 from trtbridge.bridge.arguments import collect
-from trtbridge.bridge.cache import resolve_cache_dir, write_atomically
+from trtbridge.bridge.cache import JitCacheFile, resolve_cache_dir, write_atomically
 from trtbridge.bridge.dims import evaluate_range, evaluate_shape, evaluate_size
 from trtbridge.bridge.guards import guards_always_hold
 from trtbridge.bridge.model import OnnxModel, Signature, TensorSpec
@@ -232,3 +232,26 @@ def test_guards_that_torch_cannot_prove() -> None:
     assert not guards_always_hold(error(f"{n} >= 3", f"{n} != {m}"), arguments(3))
     assert not guards_always_hold(error(f"{n} >= 3") + "\n  - You marked n as dynamic but ...", arguments(3))
     assert not guards_always_hold(error("open('x')"), arguments(3))
+
+
+def test_kernels_of_every_shape_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    compiled = b""
+    looks = 0
+
+    def serialize() -> bytes:
+        nonlocal looks
+        looks += 1
+        return compiled
+
+    kept = JitCacheFile(tmp_path, b"plan", "1.0")
+    for shape in [(1,), (1,), (1,), (8,), (1,), (8,), (8,)]:
+        compiled = compiled or b"first"
+        if shape == (8,):  # a new shape compiles more, later than the first calls
+            compiled = b"first and second"
+        kept.update(shape, serialize)
+    assert looks == 4, "two calls of each shape"
+    assert JitCacheFile(tmp_path, b"plan", "1.0").read() == b"first and second"
+    assert JitCacheFile(tmp_path, b"plan", "1.1").read() is None, "another version starts anew"
+    assert JitCacheFile(tmp_path, b"other", "1.0").read() is None
+    assert JitCacheFile(None, b"plan", "1.0").read() is None
