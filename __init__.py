@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import plugins
 from .errors import (
     BackendError,
     BuildError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .bridge.module import EngineModule
     from .bridge.options import Options
     from .passes.default import DEFAULT
+    from .plugins.authoring import plugin
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,7 @@ _LAZY = {
     "explain": ".bridge.convert",
     "export": ".bridge.export",
     "load": ".bridge.convert",
+    "plugin": ".plugins.authoring",
     "save": ".bridge.convert",
 }
 
@@ -68,6 +71,8 @@ __all__ = [
     "explain",
     "export",
     "load",
+    "plugin",
+    "plugins",
     "save",
 ]
 

@@ -6,6 +6,9 @@ each other. Messages say what is wrong, where (input, node, tensor, Python line)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class TrtBridgeError(Exception):
     """Base of every error raised by trtbridge."""
@@ -39,12 +42,31 @@ class BackendError(TrtBridgeError):
     """A backend is not installed, or cannot do on this machine what was asked of it."""
 
 
-class UnsupportedOpError(TrtBridgeError):
-    """The backend's parser refuses nodes of the graph. All of them are listed."""
+class _NodesError(TrtBridgeError):
+    def __init__(self, message: str, refusals: Sequence[Any] = (), graph_at_fault: bool = True) -> None:
+        super().__init__(message)
+        self.refusals = tuple(refusals)
+        self.graph_at_fault = graph_at_fault
+        self.segment = ""
 
 
-class BuildError(TrtBridgeError):
-    """The backend accepted the graph but failed, or died, while building the engine."""
+class UnsupportedOpError(_NodesError):
+    """The backend's parser refuses nodes of the graph. All of them are listed.
+
+    Attributes:
+        refusals: the nodes, as `bridge.backends.base.Refusal`.
+        segment: name of the segment, where it is known.
+    """
+
+
+class BuildError(_NodesError):
+    """The backend accepted the graph but failed, or died, while building the engine.
+
+    Attributes:
+        refusals: the nodes that the backend's messages name, as `bridge.backends.base.Refusal`; often empty.
+        graph_at_fault: whether another graph could help; False for a full disk or a limit of time.
+        segment: name of the segment, where it is known.
+    """
 
 
 class ExecutionError(TrtBridgeError):

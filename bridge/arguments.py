@@ -22,12 +22,13 @@ class Arguments:
     """A call's arguments, flat.
 
     Attributes:
-        tensors: the tensors in order.
+        tensors: the tensors in order, complex ones as (..., 2) reals.
         structure: of ``(args, kwargs)``.
         labels: how a user would write each tensor's place.
         dims: for each tensor its dynamic dimensions.
         ranges: (min, opt, max) of each named dim.
         parameters: names of the positional arguments' parameters.
+        complex_inputs: which tensors were complex.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -36,6 +37,7 @@ class Arguments:
     dims: tuple[LeafDims, ...]
     ranges: Mapping[str, Range]
     parameters: tuple[str, ...]
+    complex_inputs: tuple[int, ...] = ()
 
 
 def collect(
@@ -58,16 +60,20 @@ def collect(
     parts = [*positional.children, *keyword.children]
     labels = [label for name, part in zip(names, parts, strict=True) for label in leaf_labels(part, name)]
     for label, tensor in zip(labels, tensors, strict=True):
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
-            kind = str(tensor.dtype if tensor.is_complex() else tensor.layout).removeprefix("torch.")
-            raise InputError(f"Input {label} is a {kind} tensor; only dense, real tensors can be engine inputs.")
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = str(tensor.dtype if tensor.is_quantized else tensor.layout).removeprefix("torch.")
+            raise InputError(f"Input {label} is a {kind} tensor; only dense tensors can be engine inputs.")
+    complex_inputs = tuple(index for index, tensor in enumerate(tensors) if tensor.is_complex())
+    tensors = [torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor for tensor in tensors]
 
     leaf_specs: list[Any] = []
     for name, part, spec in zip(names, parts, _top_level(names, len(parameters), dynamic_shapes), strict=True):
         _align(part, spec, name, leaf_specs)
     resolver = _Resolver()
     dims = [resolver.leaf(*leaf) for leaf in zip(labels, tensors, leaf_specs, strict=True)]
-    return Arguments(tuple(tensors), structure, tuple(labels), tuple(dims), resolver.finish(), tuple(parameters))
+    return Arguments(
+        tuple(tensors), structure, tuple(labels), tuple(dims), resolver.finish(), tuple(parameters), complex_inputs
+    )
 
 
 def _parameter_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:

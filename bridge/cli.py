@@ -1,4 +1,4 @@
-"""The ``trtbridge`` command: convert, explain, run, doctor.
+"""The ``trtbridge`` command: convert, explain, run, plugins, doctor.
 
 torch takes seconds to import, so nothing here does before a command needs it: ``-h`` answers at once.
 """
@@ -39,6 +39,7 @@ from .cli_options import (
     given_dims,
     given_options,
 )
+from .cli_plugins import app as plugins_app
 from .cli_source import import_code, search_here
 from .text import size_text
 
@@ -55,6 +56,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(plugins_app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -3,58 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import platform
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import onnx_ir as ir
 import torch
 
 from ..errors import InputError, OptionError
-from ..passes.pipeline import PassReport
 from .backends import choose_backend
-from .backends.base import Backend, Progress, Refusal
+from .backends.base import Backend, Refusal
 from .cache import resolve_cache_dir
-from .dtypes import to_torch
-from .export import DEFAULT_OPSET, export
-from .model import Signature
-from .module import EngineModule, pick_device
+from .export import DEFAULT_OPSET, ExportedModule, trace
+from .model import OnnxModel, Signature
+from .module import EngineModule, describe_plugin, pick_device
 from .onnx_file import read_onnx
 from .options import Options
-from .partition import partition
-from .plan import Plan, PluginCall
-from .program import EngineStep, Program, Step
-
-logger = logging.getLogger(__name__)
+from .plan import PluginCall
+from .planner import Planner
+from .program import Program
+from .stages import Stages
 
 Model = torch.nn.Module | str | os.PathLike[str]
-
-
-@dataclass
-class Stages:
-    """Seconds spent in each stage, in order."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    progress: Progress | None = None
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage and announce it."""
-        if self.progress is not None:
-            self.progress(name, 0.0)
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(time.perf_counter() - started, 4)
-        logger.info("%s took %.2f s", name, self.seconds[name])
-        if self.progress is not None:
-            self.progress(name, 1.0)
 
 
 def convert(
@@ -96,29 +67,29 @@ def convert(
     if device is None and builder.name == "onnxruntime" and isinstance(model, torch.nn.Module):
         device = _module_device(model) if "cuda" in builder.status().devices else "cpu"
     device = pick_device(builder.name, device)
-    stages = Stages(progress=chosen.progress)
-    plan, report = plan_model(model, args, kwargs, dynamic_shapes, chosen, stages)
-    program = build(plan, builder, chosen, stages)
+    planner = make_planner(model, args, kwargs, dynamic_shapes, builder, chosen)
+    program = planner.build()
     info = {
         "backend_choice": reason,
-        "stage_seconds": stages.seconds,
-        "passes": [{"name": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 4)} for r in report],
-        "opset": next((o.version for s in plan.segments for o in s.proto.opset_import if not o.domain), None),
+        "stage_seconds": planner.stages.seconds,
+        "passes": [{"name": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 4)} for r in planner.passes],
+        "opset": planner.opset,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     return EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)
 
 
-def plan_model(
+def make_planner(
     model: Model,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
+    backend: Backend,
     options: Options,
-    stages: Stages,
-) -> tuple[Plan, Sequence[PassReport]]:
-    """Everything before building: export or read, passes, partition."""
-    with stages.stage("export"):
+) -> Planner:
+    """Trace a module, or read an .onnx file, for plans to be made of it."""
+    stages = Stages(progress=options.progress)
+    with stages.stage("read" if isinstance(model, (str, os.PathLike)) else "trace"):
         if isinstance(model, (str, os.PathLike)):
             if args or kwargs:
                 raise InputError("An .onnx file brings its own shapes and dtypes: leave args and kwargs out.")
@@ -126,58 +97,10 @@ def plan_model(
                 raise OptionError("For an .onnx file dynamic_shapes is a dict by input name.")
             if options.opset is not None:
                 raise OptionError(f"opset={options.opset}: an .onnx file has its own opset; leave the option out.")
-            onnx_model = read_onnx(model, dynamic_shapes)
+            source: ExportedModule | OnnxModel = read_onnx(model, dynamic_shapes)
         else:
-            onnx_model = export(
-                model, args, kwargs, dynamic_shapes=dynamic_shapes, opset=options.opset or DEFAULT_OPSET
-            )
-    with stages.stage("passes"):
-        result = options.passes.run(onnx_model.proto, onnx_model.weights)
-        onnx_model = dataclasses.replace(onnx_model, proto=result.proto, weights=result.weights)
-        logger.debug("%s", result.report)
-    with stages.stage("partition"):
-        plan = partition(onnx_model)
-    return plan, tuple(result.report.passes)
-
-
-def build(plan: Plan, backend: Backend, options: Options, stages: Stages) -> Program:
-    """Build every segment of a plan."""
-    steps: list[Step] = []
-    with stages.stage("build"):
-        count = len(plan.segments)
-        for step in plan.steps:
-            if isinstance(step, PluginCall):
-                steps.append(step)
-                continue
-            done = sum(isinstance(made, EngineStep) for made in steps)
-            steps.append(
-                EngineStep(step.name, backend.build(step, options.build, _share(options.progress, done, count)))
-            )
-        constants = {name: _snapshot(tensor) for name, tensor in plan.constants.items()}
-    return Program(backend.name, tuple(steps), plan.signature, constants, plan.aliases, plan.source)
-
-
-def _share(progress: Progress | None, done: int, count: int) -> Progress | None:
-    """The progress of one engine as a share of all."""
-    if progress is None:
-        return None
-    report = progress
-    return lambda phase, fraction: report(f"build: {phase}", (done + fraction) / count)
-
-
-def _snapshot(tensor: ir.TensorProtocol) -> torch.Tensor:
-    """A copy, so that later changes of the module's weights do not reach the program."""
-    raw = getattr(tensor, "raw", None)
-    if isinstance(raw, torch.Tensor):
-        return raw.detach().cpu().clone()
-    data = bytearray(tensor.tobytes())
-    dtype = to_torch(tensor.dtype)
-    shape = tensor.shape.numpy()
-    return (
-        torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape)
-        if data
-        else torch.empty(shape, dtype=dtype)
-    )
+            source = trace(model, args, kwargs, dynamic_shapes=dynamic_shapes, opset=options.opset or DEFAULT_OPSET)
+    return Planner(source, backend, options, stages)
 
 
 def _module_device(model: torch.nn.Module) -> torch.device:
@@ -240,22 +163,21 @@ def explain(
     chosen = Options.make(options)
     builder, _ = choose_backend(backend)
     builder.check_options(chosen.build)
-    plan, report = plan_model(model, args, kwargs, dynamic_shapes, chosen, Stages(progress=chosen.progress))
-    refusals: dict[str, Sequence[Refusal]] = {}
+    planner = make_planner(model, args, kwargs, dynamic_shapes, builder, chosen)
+    plan, refusals = planner.settled_plan()
     lines = []
     for step in plan.steps:
         if isinstance(step, PluginCall):
-            lines.append(
-                f"plugin {step.op} between segments, because torch.onnx has no translation for it; from {step.origin}"
-            )
+            lines += describe_plugin(step, "between segments")
             continue
-        refusals[step.name] = builder.check(step, chosen.build)
         counts: dict[str, int] = {}
         for node in step.proto.graph.node:
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
         listed = ", ".join(f"{count} {op}" for op, count in sorted(counts.items(), key=lambda item: -item[1]))
         lines.append(f"{step.name}: engine of {sum(counts.values())} nodes ({listed})")
-    passes = tuple(f"pass {r.name}: {r.rewrites} rewrites, {len(r.refusals)} near misses" for r in report)
+        for call in step.hosted:
+            lines += describe_plugin(call, f"inside {step.name}")
+    passes = tuple(f"pass {r.name}: {r.rewrites} rewrites, {len(r.refusals)} near misses" for r in planner.passes)
     return Explanation(builder.name, plan.source, plan.signature, tuple(lines), refusals, passes)
 
 

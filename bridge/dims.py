@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DynamicShapeError
+from ..plugins.sizes import evaluate, names_in
 
 Range = tuple[int, int, int]
 """(min, opt, max) of a size."""
@@ -100,26 +99,6 @@ def _whole(value: Any) -> int:
     return value
 
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.FloorDiv: lambda a, b: a // b,
-    ast.Div: lambda a, b: a / b,
-    ast.Mod: lambda a, b: a % b,
-    ast.Pow: lambda a, b: a**b,
-}
-# The functions that sympy and torch's symbolic shapes print.
-_CALLS: dict[str, Callable[..., Any]] = {
-    "Max": max, "Min": min, "max": max, "min": min, "Abs": abs,
-    "floor": math.floor, "ceiling": math.ceil, "ceil": math.ceil, "CeilToInt": math.ceil, "FloorToInt": math.floor,
-    "TruncToInt": math.trunc, "trunc": math.trunc, "ToFloat": float, "RoundToInt": round,
-    "FloorDiv": lambda a, b: a // b, "CeilDiv": lambda a, b: -(-a // b), "CleanDiv": lambda a, b: a // b,
-    "IntTrueDiv": lambda a, b: a / b, "FloatTrueDiv": lambda a, b: a / b,
-    "Mod": lambda a, b: a % b, "PythonMod": lambda a, b: a % b, "ModularIndexing": lambda a, b, c: a // b % c,
-}  # fmt: skip
-
-
 def evaluate_size(expression: str, sizes: Mapping[str, int]) -> int:
     """The value of a shape expression ("2*seq + 1", "(batch//2)", "Max(1, seq)") for given sizes of the named dims.
 
@@ -127,38 +106,10 @@ def evaluate_size(expression: str, sizes: Mapping[str, int]) -> int:
         KeyError: a name in the expression has no size.
         DynamicShapeError: the text is no shape expression, or its value is not whole.
     """
-
-    def value(node: ast.expr) -> Any:
-        match node:
-            case ast.Constant(value=int() | float() as number):
-                return number
-            case ast.Name(id=name):
-                return sizes[name]
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return _BINARY[type(op)](value(left), value(right))
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -value(operand)
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _CALLS:
-                return _CALLS[name](*map(value, arguments))
-        raise DynamicShapeError(f"{expression!r} is not a shape expression that trtbridge can evaluate.")
-
-    try:
-        result = value(ast.parse(expression, mode="eval").body)
-    except SyntaxError as error:
-        raise DynamicShapeError(f"{expression!r} is not a shape expression.") from error
+    result = evaluate(expression, sizes)
     if result != int(result):
         raise DynamicShapeError(f"{expression!r} is {result}, not a whole number, for {dict(sizes)}.")
     return int(result)
-
-
-def names_in(expression: str) -> frozenset[str]:
-    """The dim names that stand in a shape expression; empty for a text that is none."""
-    try:
-        tree = ast.parse(expression, mode="eval")
-    except SyntaxError:
-        return frozenset()
-    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    return frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)) - called
 
 
 def evaluate_range(size: Size, dims: Mapping[str, Range]) -> Range | None:

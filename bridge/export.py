@@ -2,57 +2,117 @@
 
 from __future__ import annotations
 
-import contextlib
-import enum
 import logging
 import re
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from ..errors import DynamicShapeError, ExportError
-from .arguments import Arguments, collect, trace_tensors
-from .dims import Size
+from ..errors import ExportError, PluginError
+from ..nodes import DOMAIN, REASON_KEY
+from .arguments import Arguments, collect
+from .dims import Range, Size
 from .dtypes import from_torch
-from .guards import guards_always_hold
-from .model import INLINE_LIMIT_BYTES, OnnxModel, Signature, TensorSpec, make_stand_in
-from .origins import compact_origins, strip_prefix, user_frame
-from .side_effects import side_effects
+from .graft import call_translation, graft_calls, opaque_calls
+from .model import INLINE_LIMIT_BYTES, ORIGIN_KEY, OnnxModel, Origin, Signature, TensorSpec, make_stand_in
+from .origins import compact_origins, strip_prefix
 from .simplify import simplify
-from .structure import CONSTANTS, Structure, flatten
-from .untranslatable import blamed_ops, find_untranslatable, translation_table
+from .structure import Structure
+from .trace import MODULE, left_as_found, quiet, shorten, trace_module
+from .untranslatable import blamed_calls, find_untranslatable, forget_pending_sizes, mark_calls, random_calls
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_OPSET = 20
 """The newest opset whose nodes all build; from 23 on attention is one node, which builds only in some cases."""
 
-# Lines of torch's errors that lead to its own debugging switches.
-_ADVERTISING = re.compile(
-    r"For more (information|debugging)|TORCH_LOGS=|TORCHDYNAMO|draft_export|C\+\+ stack trace|logs when we create"
-)
-
-_MODULE = "module"  # the wrapper's attribute that holds the user's module
+_NO_BOUND = 1 << 31  # what torch gives a size of which it knows nothing is far above
 
 
-class _Flat(torch.nn.Module):
-    """The user's module as a function from flat tensors to flat tensors; remembers the structure of the result."""
+@dataclass(frozen=True)
+class ExportedModule:
+    """A module traced once, from which ONNX models are made, with any of its calls as plugins.
 
-    def __init__(self, module: torch.nn.Module, structure: Structure, report: Callable[[Structure], None]) -> None:
-        super().__init__()
-        self.module = module
-        self.input_structure = structure
-        self.report = report  # torch.export works on copies of plain attributes, so the result goes out by a call
+    Attributes:
+        program: what torch.export made; its calls are named as the plugins of `to_onnx` are.
+        arguments: the example arguments.
+        output_structure: the structure of the result.
+        complex_outputs: which results are complex.
+        name: class of the module.
+        opset: ONNX opset of the default domain.
+    """
 
-    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = self.input_structure.unflatten(leaves)
-        tensors, structure = flatten(self.module(*args, **kwargs))
-        self.report(structure)
-        return tuple(tensors)
+    program: torch.export.ExportedProgram
+    arguments: Arguments
+    output_structure: Structure
+    complex_outputs: tuple[int, ...]
+    name: str
+    opset: int
+
+    def plugin_problem(self, call: str) -> str:
+        """Why a call cannot be a plugin; "" where it can."""
+        try:
+            graft_calls(self.program, [call])
+        except PluginError as error:
+            return str(error)
+        return ""
+
+    def to_onnx(self, plugins: Mapping[str, str]) -> tuple[OnnxModel, dict[str, str]]:
+        """Translate, with some calls as plugin nodes, and those besides that torch.onnx cannot translate.
+
+        Args:
+            plugins: for each call that becomes a plugin node the reason why.
+
+        Returns:
+            The model, and all calls that are plugins in it with their reasons.
+
+        Raises:
+            ExportError: torch.onnx fails, and no call is to blame that could be a plugin.
+        """
+        plugins = random_calls(self.program) | opaque_calls(self.program) | dict(plugins)
+        with torch.no_grad(), quiet():
+            onnx_program = None
+            while onnx_program is None:
+                onnx_program, more = self._translate(plugins)
+                new = {call: reason for call, reason in more.items() if call not in plugins}
+                if onnx_program is None and not new:
+                    raise ExportError(f"torch.onnx cannot translate {self.name}: {'; '.join(more.values())}")
+                for call, reason in new.items():
+                    logger.info("%s becomes a plugin: %s", call, reason)
+                plugins |= new
+        return _finish(onnx_program, self, plugins), plugins
+
+    def _translate(self, plugins: Mapping[str, str]) -> tuple[torch.onnx.ONNXProgram | None, dict[str, str]]:
+        """One attempt: the translation, or what must be a plugin besides."""
+        forget_pending_sizes(self.program)
+        opaque = opaque_calls(self.program)
+        grafted = self.program
+        try:
+            grafted = graft_calls(self.program, [call for call in plugins if call not in opaque])
+            more = find_untranslatable(grafted, self.opset)
+            if more:
+                return None, more
+            onnx_program = torch.onnx.export(
+                grafted,
+                dynamo=True,
+                opset_version=self.opset,
+                custom_translation_table=call_translation(),
+                optimize=False,  # done below, by our own rule
+                verbose=False,
+            )
+            assert onnx_program is not None
+            simplify(onnx_program.model)
+            return onnx_program, {}
+        except PluginError as error:
+            raise ExportError(f"{self.name}: {error}") from error
+        except Exception as error:
+            more = blamed_calls(error, grafted, self.opset)
+            if not more.keys() - plugins.keys():
+                raise ExportError(_translation_message(error, self.name)) from error
+            return None, more
 
 
 def export(
@@ -65,6 +125,24 @@ def export(
 ) -> OnnxModel:
     """Export a module in eval mode, without changing it and without copying its weights.
 
+    Takes and raises what `trace` does.
+
+    Returns:
+        The ONNX model; calls that torch.onnx cannot translate are plugin nodes in it.
+    """
+    return trace(model, args, kwargs, dynamic_shapes=dynamic_shapes, opset=opset).to_onnx({})[0]
+
+
+def trace(
+    model: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    opset: int = DEFAULT_OPSET,
+) -> ExportedModule:
+    """Trace a module in eval mode, without changing it and without copying its weights.
+
     Args:
         model: on CPU or CUDA, in any floating dtype.
         args: example positional arguments; tensors in any nesting of tuples, lists, dicts, named tuples, dataclasses
@@ -73,107 +151,31 @@ def export(
         dynamic_shapes: by argument, as for torch.export, with `Dim`s.
         opset: ONNX opset of the default domain.
 
-    Returns:
-        The ONNX model; ops that torch.onnx cannot translate are plugin nodes in it.
-
     Raises:
         InputError: the arguments do not fit the module.
         DynamicShapeError: dynamic_shapes does not fit the arguments, or the module fixes a size it names.
-        ExportError: the module cannot be traced or translated.
+        ExportError: the module cannot be traced.
     """
     if not isinstance(model, torch.nn.Module):
         raise ExportError(
             f"convert() takes a torch.nn.Module or the path of an .onnx file, got {type(model).__name__}."
         )
     arguments = collect(model, args, dict(kwargs or {}), dynamic_shapes)
-    with _left_as_found(model), torch.no_grad(), _quiet():
+    with left_as_found(model), torch.no_grad(), quiet():
         model.eval()
-        program, output_structure = _trace(model, arguments)
-        onnx_program = _translate(program, opset, type(model).__name__)
-    return _finish(onnx_program, program, arguments, output_structure, type(model).__name__)
+        program, structure, complex_outputs = trace_module(model, arguments)
+    mark_calls(program)
+    return ExportedModule(program, arguments, structure, complex_outputs, type(model).__name__, opset)
 
 
-def _trace(model: torch.nn.Module, arguments: Arguments) -> tuple[torch.export.ExportedProgram, Structure]:
-    tensors, specs = trace_tensors(arguments)
-    structures: list[Structure] = []
-    flat = _Flat(model, arguments.structure, structures.append)
-    flat.eval()
-    name = type(model).__name__
-
-    def trace(deferred: bool) -> torch.export.ExportedProgram:
-        return torch.export.export(
-            flat,
-            tuple(tensors),
-            dynamic_shapes={"leaves": tuple(specs)} if tensors else None,
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=deferred,
-        )
-
-    try:
-        try:
-            program = trace(deferred=False)
-        except Exception as error:
-            # torch.export gives up on conditions that it cannot prove; those that hold for every size are harmless.
-            if not guards_always_hold(str(error), arguments):
-                raise
-            logger.info("conditions that torch.export cannot prove hold for every size in range: %s", error)
-            program = trace(deferred=True)
-    except Exception as error:
-        raise _explain_trace(error, name, arguments) from error
-    if not program.graph_signature.user_outputs:
-        raise ExportError(f"{name} returns no tensor, so there is nothing for an engine to compute.")
-    for effect in side_effects(program, arguments.labels, _MODULE):
-        logger.warning("%s %s", name, effect)
-    for label, value in structures[-1].constants("output"):
-        if not isinstance(value, (*CONSTANTS, enum.Enum)):
-            raise ExportError(
-                f"{name} returns a {type(value).__name__} ({label}), whose tensors cannot be seen: make the model "
-                "return without it (for a cache of transformers use_cache=False), or register its class with "
-                "torch.utils._pytree.register_pytree_node."
-            )
-    return program, structures[-1]
-
-
-def _translate(program: torch.export.ExportedProgram, opset: int, name: str) -> torch.onnx.ONNXProgram:
-    """Translate, with more and more ops as plugin nodes until nothing is left that the exporter does not know."""
-    plugins = find_untranslatable(program, opset)
-    while True:
-        if plugins:
-            logger.info("as plugins, unknown to torch.onnx: %s", ", ".join(sorted(map(str, plugins))))
-        table = translation_table(plugins, program)
-        try:
-            result = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=opset,
-                custom_translation_table=table,
-                optimize=False,  # done below, by our own rule
-                verbose=False,
-            )
-        except Exception as error:
-            more = blamed_ops(error, program) - plugins
-            if not more:
-                raise ExportError(_translation_message(error, name)) from error
-            plugins |= more
-        else:
-            assert result is not None
-            try:
-                simplify(result.model)
-            except Exception as error:
-                raise ExportError(_translation_message(error, name)) from error
-            return result
-
-
-def _finish(
-    onnx_program: torch.onnx.ONNXProgram,
-    program: torch.export.ExportedProgram,
-    arguments: Arguments,
-    output_structure: Structure,
-    source: str,
-) -> OnnxModel:
+def _finish(onnx_program: torch.onnx.ONNXProgram, traced: ExportedModule, plugins: Mapping[str, str]) -> OnnxModel:
+    program, arguments = traced.program, traced.arguments
     model = onnx_program.model
-    compact_origins(model.graph, _MODULE)
-    symbols = _rename_symbols(model.graph, program, arguments)
+    compact_origins(model.graph, MODULE)
+    _note_reasons(ir.traversal.RecursiveGraphIterator(model.graph), plugins)
+    exported = onnx_program.exported_program or program
+    symbols = _rename_symbols(model.graph, program, exported, arguments)
+    data_dims = _data_dims(exported, symbols)
     _share_tied_weights(model.graph)
     weights = _name_values(model.graph, arguments)
     # Stand-ins go in before the proto is made, so that no weight is ever serialized.
@@ -190,25 +192,47 @@ def _finish(
             TensorSpec.make(value.name or "", from_torch(tensor.dtype), _input_shape(tensor, leaf), arguments.ranges)
             for value, tensor, leaf in zip(model.graph.inputs, arguments.tensors, arguments.dims, strict=True)
         ),
-        outputs=tuple(_output_spec(value, arguments) for value in model.graph.outputs),
+        outputs=tuple(_output_spec(value, {**arguments.ranges, **data_dims}) for value in model.graph.outputs),
         labels=arguments.labels,
         dims=arguments.ranges,
         input_structure=arguments.structure,
-        output_structure=output_structure,
+        output_structure=traced.output_structure,
         parameters=arguments.parameters,
+        complex_inputs=arguments.complex_inputs,
+        complex_outputs=traced.complex_outputs,
     )
-    logger.debug("symbols renamed: %s", symbols)
-    return OnnxModel(proto, kept, signature, source)
+    return OnnxModel(proto, kept, signature, traced.name, data_dims)
+
+
+def _note_reasons(nodes: Iterable[ir.Node], plugins: Mapping[str, str]) -> None:
+    """Write into every plugin node why it is one."""
+    for node in nodes:
+        if node.domain == DOMAIN and ORIGIN_KEY in node.metadata_props:
+            origin = Origin.from_metadata(node.metadata_props[ORIGIN_KEY])
+            node.metadata_props[REASON_KEY] = plugins.get(origin.call, "")
+
+
+def _data_dims(program: torch.export.ExportedProgram, names: Mapping[str, str]) -> dict[str, Range]:
+    """The ranges of sizes that depend on data, as far as torch derived them or torch._check stated them."""
+    found: dict[str, Range] = {}
+    for symbol, bounds in program.range_constraints.items():
+        name = str(symbol)
+        if name in names or not name.startswith("u"):
+            continue
+        if bounds.upper < _NO_BOUND:  # without a bound it is infinite
+            low, high = max(0, int(bounds.lower)), int(bounds.upper)
+            found[name] = (low, max(1, low, high // 2), high)
+    return found
 
 
 def _input_shape(tensor: torch.Tensor, leaf: Mapping[int, Any]) -> tuple[Size, ...]:
     return tuple(str(leaf[axis]) if axis in leaf else size for axis, size in enumerate(tensor.shape))
 
 
-def _output_spec(value: ir.Value, arguments: Arguments) -> TensorSpec:
+def _output_spec(value: ir.Value, dims: Mapping[str, Range]) -> TensorSpec:
     assert value.name is not None
     assert value.dtype is not None, "the exporter types every output"
-    return TensorSpec.make(value.name, value.dtype, shape_of(value), arguments.ranges)
+    return TensorSpec.make(value.name, value.dtype, shape_of(value), dims)
 
 
 def shape_of(value: ir.Value) -> tuple[Size, ...]:
@@ -217,7 +241,12 @@ def shape_of(value: ir.Value) -> tuple[Size, ...]:
     return tuple(size if isinstance(size, int) else size.value for size in value.shape)
 
 
-def _rename_symbols(graph: ir.Graph, program: torch.export.ExportedProgram, arguments: Arguments) -> dict[str, str]:
+def _rename_symbols(
+    graph: ir.Graph,
+    program: torch.export.ExportedProgram,
+    exported: torch.export.ExportedProgram,
+    arguments: Arguments,
+) -> dict[str, str]:
     """Give torch's symbols ("s77") the names of the user's dims, in every shape of the graph."""
     names: dict[str, str] = {}
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -237,6 +266,7 @@ def _rename_symbols(graph: ir.Graph, program: torch.export.ExportedProgram, argu
         for symbol in re.findall(r"\bs\d+\b", text):
             if symbol not in names and len(arguments.ranges.keys() - set(names.values())) == 1:
                 names[symbol] = next(iter(arguments.ranges.keys() - set(names.values())))
+    names |= _data_symbols(exported)
     if names:
         pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
         for value in _all_values(graph):
@@ -250,6 +280,27 @@ def _rename_symbols(graph: ir.Graph, program: torch.export.ExportedProgram, argu
                     ]
                 )
     return names
+
+
+def _data_symbols(exported: torch.export.ExportedProgram) -> dict[str, str]:
+    """The one name of each data-dependent size that has several.
+
+    The exporter runs every node once more for its type promotion, and then such sizes get new symbols, in the order of
+    the old ones, which torch does not know to be the same.
+    """
+    nodes = list(exported.graph.nodes)
+    own = [str(symbol) for node in nodes for symbol in (node.meta.get("unbacked_bindings") or {})]
+    modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in nodes)
+    shape_env = next((mode.shape_env for mode in modes if mode is not None), None)
+    if shape_env is None or not own:
+        return {}
+    renamed = {str(new): str(old) for new, old in shape_env.unbacked_renamings.items()}
+    known = {*own, *renamed}
+    last = max((int(name[1:]) for name in known if name[1:].isdigit()), default=-1)
+    names = (str(symbol) for symbol in shape_env.var_to_range)
+    fresh = sorted(int(name[1:]) for name in names if re.fullmatch(r"u\d+", name) and int(name[1:]) > last)
+    found = {f"u{number}": name for number, name in zip(fresh, own, strict=False)} if len(fresh) == len(own) else {}
+    return renamed | found
 
 
 def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -286,7 +337,7 @@ def _name_values(graph: ir.Graph, arguments: Arguments) -> dict[str, ir.TensorPr
         for value, label in zip(graph.inputs, arguments.labels, strict=True)
     ]
     wanted += [(value, f"output_{index}") for index, value in enumerate(graph.outputs) if value not in graph.inputs]
-    wanted += [(value, strip_prefix(value.name or "", _MODULE)) for value in initializers if id(value) not in io]
+    wanted += [(value, strip_prefix(value.name or "", MODULE)) for value in initializers if id(value) not in io]
     renamed = {id(value) for value, _ in wanted}
     taken = {value.name for value in _all_values(graph) if id(value) not in renamed}
     graph.initializers.clear()
@@ -303,85 +354,14 @@ def _name_values(graph: ir.Graph, arguments: Arguments) -> dict[str, ir.TensorPr
     return weights
 
 
-@contextlib.contextmanager
-def _left_as_found(model: torch.nn.Module) -> Iterator[None]:
-    """Put back every module's training flag and attributes, whatever tracing did to them."""
-    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, parameters, buffers, modules in before:
-            for own, old in ((module._parameters, parameters), (module._buffers, buffers), (module._modules, modules)):
-                if own.keys() != old.keys() or any(own[key] is not old[key] for key in old):
-                    own.clear()
-                    own.update(old)  # type: ignore[arg-type]
-            current = module.__dict__
-            if current.keys() != attributes.keys() or any(current[key] is not attributes[key] for key in attributes):
-                current.clear()
-                current.update(attributes)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's talk about itself off the user's screen; their own warnings pass."""
-    names = ("onnx._internal.exporter._registration", "_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
-    loggers = [logging.getLogger(name) for name in (*(f"torch.{name}" for name in names), "onnxscript", "onnx_ir")]
-    levels = [other.level for other in loggers]
-    for other in loggers:
-        other.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings(
-                "ignore", message=r".*(torchvision|onnxscript|pytree|LeafSpec|cuda capability|assigned during export).*"
-            )
-            yield
-    finally:
-        for other, level in zip(loggers, levels, strict=True):
-            other.setLevel(level)
-
-
-def _user_line(error: BaseException) -> str:
-    """The line of the user's code that an exception passed through last, as text for a message."""
-    file, line, code = user_frame("".join(traceback.format_tb(error.__traceback__)), strictly_user=True)
-    return f'\n  at "{file}", line {line}: `{code}`' if file else ""
-
-
-def _explain_trace(error: Exception, name: str, arguments: Arguments) -> Exception:
-    text = str(error).strip()
-    if "Constraints violated" in text or ("marked" in text and "as dynamic" in text):
-        for index, label in reversed(list(enumerate(arguments.labels))):
-            text = text.replace(f"L['leaves'][{index}]", label).replace(f"leaves[{index}]", label)
-        return DynamicShapeError(
-            f"{name} does not take every size that dynamic_shapes promises:\n{_shorten(text)}{_user_line(error)}\n"
-            "Narrow the Dim, leave that dimension static, or change the line."
-        )
-    if "data-dependent" in text or "Could not guard" in text or "Could not extract" in text:
-        return ExportError(
-            f"{name} decides its control flow or a shape by the values of a tensor, which no graph can hold:\n"
-            f"{_shorten(text)}{_user_line(error)}\n"
-            "Use torch.where or torch.cond instead of a Python `if`, or convert the part of the model around that line."
-        )
-    return ExportError(
-        f"torch.export cannot trace {name}: {type(error).__name__}: {_shorten(text)}{_user_line(error)}\n"
-        "Check that the module runs on these arguments, then try torch.export.export on it alone."
-    )
-
-
 def _translation_message(error: Exception, name: str) -> str:
     causes = []
     cause: BaseException | None = error
     while cause is not None:
-        causes.append(f"{type(cause).__name__}: {_shorten(str(cause))}")
+        causes.append(f"{type(cause).__name__}: {shorten(str(cause))}")
         cause = cause.__cause__
     return (
         f"torch.onnx cannot translate {name}:\n  " + "\n  ".join(causes[-2:]) + "\n"
         "torch.export traced it, so this is a limit of the ONNX exporter; rewrite that part, or make it a custom op "
         "(torch.library.custom_op), which trtbridge runs as a plugin."
     )
-
-
-def _shorten(text: str, lines: int = 12, width: int = 400) -> str:
-    kept = [line[:width] for line in text.splitlines() if line.strip() and not _ADVERTISING.search(line)]
-    return "\n".join(kept[:lines]) + ("\n..." if len(kept) > lines else "")

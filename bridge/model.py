@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import ModelFileError
-from .dims import Range, Shape, evaluate_range, names_in
+from ..plugins.sizes import names_in
+from .dims import Range, Shape, evaluate_range
 from .structure import Structure, leaf_labels
 
 ORIGIN_KEY = "trtbridge.origin"
@@ -78,6 +79,8 @@ class Signature:
         input_structure: the structure of ``(args, kwargs)``, non-tensor leaves included.
         output_structure: the structure of the result.
         parameters: names of forward's positional parameters, to accept them as keywords.
+        complex_inputs: which inputs are complex tensors, which the graph holds as (..., 2) reals.
+        complex_outputs: which outputs are.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -87,6 +90,8 @@ class Signature:
     input_structure: Structure
     output_structure: Structure
     parameters: tuple[str, ...] = ()
+    complex_inputs: tuple[int, ...] = ()
+    complex_outputs: tuple[int, ...] = ()
 
     def describe_inputs(self) -> list[str]:
         """A line an input: its place in the call, shape, dtype, and the ranges of its dims."""
@@ -111,6 +116,8 @@ class Signature:
             "input_structure": self.input_structure.to_json(),
             "output_structure": self.output_structure.to_json(),
             "parameters": list(self.parameters),
+            "complex_inputs": list(self.complex_inputs),
+            "complex_outputs": list(self.complex_outputs),
         }
 
     @classmethod
@@ -123,6 +130,8 @@ class Signature:
             input_structure=Structure.from_json(data["input_structure"]),
             output_structure=Structure.from_json(data["output_structure"]),
             parameters=tuple(data["parameters"]),
+            complex_inputs=tuple(data.get("complex_inputs", ())),
+            complex_outputs=tuple(data.get("complex_outputs", ())),
         )
 
 
@@ -138,6 +147,7 @@ class Origin:
             full name for an initializer.
         module_class: qualified class of that module.
         op: the aten op ("aten.linear.default"), "input", "initializer", or the ONNX op for a node of an .onnx file.
+        call: name of the call in the exported program, "" where there is none; it can be made a plugin.
     """
 
     file: str = ""
@@ -146,6 +156,7 @@ class Origin:
     module: str = ""
     module_class: str = ""
     op: str = ""
+    call: str = ""
 
     def __str__(self) -> str:
         place = f'"{self.file}", line {self.line}' if self.file else "no Python line known"
@@ -176,12 +187,14 @@ class OnnxModel:
         weights: the values of those initializers by name, read lazily; torch parameters are shared, not copied.
         signature: names, dtypes, symbolic shapes, ranges and structures of inputs and outputs.
         source: what it was made from, for messages ("ResNet", "model.onnx").
+        data_dims: (min, opt, max) of each named size that depends on data, where it is known.
     """
 
     proto: onnx.ModelProto
     weights: Mapping[str, ir.TensorProtocol]
     signature: Signature
     source: str = ""
+    data_dims: Mapping[str, Range] = field(default_factory=dict)
 
     @cached_property
     def provenance(self) -> Mapping[str, Origin]:

@@ -11,11 +11,13 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import BackendError, InputError, OptionError, TrtBridgeError
+from ..plugins.sizes import names_in
 from .backends import get_backend
 from .cache import resolve_cache_dir
-from .dims import evaluate_size, names_in
+from .dims import evaluate_size
 from .dtypes import to_torch
 from .model import Signature, TensorSpec
+from .plan import PluginCall
 from .program import EngineStep, Program
 from .runtime import RunningProgram
 from .structure import child_labels, matches
@@ -72,7 +74,11 @@ class EngineModule(torch.nn.Module):
         """
         running = self._running or self._load()
         tensors = self._checker(args, kwargs)
-        return self.program.signature.output_structure.unflatten(running(tensors))
+        signature = self.program.signature
+        results = running(tensors)
+        for index in signature.complex_outputs:
+            results[index] = torch.view_as_complex(results[index].contiguous())
+        return signature.output_structure.unflatten(results)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to one file; see `Program.save`."""
@@ -160,7 +166,8 @@ class InputChecker:
         positional, keyword = signature.input_structure.children
         self._positional, self._keyword = positional, keyword
         self._leaves = [
-            _Leaf(label, spec, signature) for label, spec in zip(signature.labels, signature.inputs, strict=True)
+            _Leaf(label, spec, signature, index in signature.complex_inputs)
+            for index, (label, spec) in enumerate(zip(signature.labels, signature.inputs, strict=True))
         ]
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -172,6 +179,9 @@ class InputChecker:
             matches(value, structure, name, tensors)
         problems: list[str] = []
         sizes: dict[str, tuple[int, str]] = {}
+        for index in self._signature.complex_inputs:
+            if isinstance(tensors[index], torch.Tensor) and tensors[index].is_complex():
+                tensors[index] = torch.view_as_real(tensors[index].resolve_conj())
         for leaf, tensor in zip(self._leaves, tensors, strict=True):
             problem = leaf.check(tensor, self._device, sizes)
             if problem:
@@ -208,8 +218,8 @@ class InputChecker:
 class _Leaf:
     """The checks of one input tensor."""
 
-    def __init__(self, label: str, spec: TensorSpec, signature: Signature) -> None:
-        self.label = label
+    def __init__(self, label: str, spec: TensorSpec, signature: Signature, is_complex: bool) -> None:
+        self.label = label if not is_complex else f"{label} (complex, seen as pairs of reals)"
         self.spec = spec
         self.dtype = to_torch(spec.dtype)
         self.fixed = tuple((axis, size) for axis, size in enumerate(spec.shape) if isinstance(size, int))
@@ -271,12 +281,22 @@ def describe(program: Program) -> str:
             size = size_text(step.engine.size_bytes)
             lines.append(f"  {step.name}: engine of {size}{layers}, {program.backend}{version}{target}")
         else:
-            lines.append(f"  plugin {step.op} from {step.origin}")
+            lines += [f"  {line}" for line in describe_plugin(step, "between engines")]
     lines += [f"  output {line}" for line in signature.describe_outputs()]
     constants = [f"{label}={value!r}" for label, value in _fixed(signature) if value is not None]
     if constants:
         lines.append(f"  fixed arguments: {', '.join(constants)}")
     return "\n".join(lines)
+
+
+def describe_plugin(call: PluginCall, place: str) -> list[str]:
+    """A plugin call as lines: the op, where it was called, why it is a plugin and why it is where it is."""
+    lines = [f"plugin {call.op} {place}; from {call.origin}"]
+    if call.reason:
+        lines.append("  because " + call.reason.replace("\n", "\n    "))
+    if call.host_refusal:
+        lines.append("  not inside an engine: " + call.host_refusal)
+    return lines
 
 
 def _fixed(signature: Signature) -> list[tuple[str, Any]]:

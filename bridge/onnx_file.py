@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import google.protobuf.message
+import numpy as np
 import onnx
 import onnx.inliner
+import onnx.shape_inference
 import onnx_ir as ir
+from onnx import numpy_helper
 
 from ..errors import DynamicShapeError, ModelFileError
-from .dims import DerivedDim, Dim, Range, Size, names_in
+from ..plugins.bounds import DATA_DEPENDENT, node_bound
+from ..plugins.sizes import names_in
+from .dims import DerivedDim, Dim, Range, Shape, Size, evaluate_range
 from .model import (
     INLINE_LIMIT_BYTES,
     ORIGIN_KEY,
@@ -56,7 +61,7 @@ def read_onnx(path: str | os.PathLike[str], dynamic_shapes: Mapping[str, Any] | 
     dims = _apply_ranges(proto.graph, dynamic_shapes or {}, path)
     del proto.graph.value_info[:]
     try:
-        proto.CopyFrom(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+        proto, data_dims = name_data_sizes(proto, dims)
     except onnx.shape_inference.InferenceError as error:
         raise ModelFileError(f"The graph in {path} contradicts itself: {error}") from error
     names = [re.sub(r"\W+", "_", value.name) for value in proto.graph.input]
@@ -66,14 +71,140 @@ def read_onnx(path: str | os.PathLike[str], dynamic_shapes: Mapping[str, Any] | 
     single = len(outputs) == 1
     signature = Signature(
         inputs=tuple(_spec(value, dims, path) for value in proto.graph.input),
-        outputs=tuple(_spec(value, dims, path) for value in proto.graph.output),
+        outputs=tuple(_spec(value, {**dims, **data_dims}, path) for value in proto.graph.output),
         labels=tuple(names),
         dims=dims,
         input_structure=Structure("tuple", (Structure("tuple", (TENSOR,) * len(names)), Structure("dict"))),
         output_structure=TENSOR if single else Structure("dict", (TENSOR,) * len(outputs), tuple(outputs)),
         parameters=tuple(names),
     )
-    return OnnxModel(proto, weights, signature, path.name)
+    return OnnxModel(proto, weights, signature, path.name, data_dims)
+
+
+def name_data_sizes(proto: onnx.ModelProto, dims: Mapping[str, Range]) -> tuple[onnx.ModelProto, dict[str, Range]]:
+    """Infer shapes, and give every size that depends on data a name: ``NonZero_3_count``, ``Range_7_size0``.
+
+    Args:
+        proto: the model; its input shapes are named or fixed.
+        dims: ranges of the named sizes.
+
+    Returns:
+        The model with the type of every tensor of known rank, and the ranges of those new names that are bounded.
+    """
+    # The file's own names for sizes of results are kept for those that inference finds no other name for.
+    given: dict[tuple[str, int], str] = {}
+    for value in proto.graph.output:
+        for axis, size in enumerate(value.type.tensor_type.shape.dim):
+            if size.dim_param and not names_in(size.dim_param) <= dims.keys():
+                given[value.name, axis] = size.dim_param
+                size.ClearField("dim_param")
+    namer = _Namer(dims, given)
+    for round_ in range(_MOST_ROUNDS + 1):
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        if not namer.name_sizes(proto, everything=round_ == _MOST_ROUNDS):
+            break
+    return proto, namer.ranges
+
+
+_MOST_ROUNDS = 16
+"""How many data-dependent sizes in a row are named one after the other; further ones get names all at once."""
+
+
+class _Namer:
+    """Gives names to the sizes that inference does not know, and bounds to those names where there are any."""
+
+    def __init__(self, dims: Mapping[str, Range], given: Mapping[tuple[str, int], str]) -> None:
+        self.dims = dims
+        self.given = given
+        self.ranges: dict[str, Range] = {}
+        self._taken = {*dims, *given.values()}
+
+    def name_sizes(self, proto: onnx.ModelProto, everything: bool) -> bool:
+        """Name sizes in place; whether inference should be asked again, as it may know more now."""
+        values = {value.name: value for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)}
+        shapes = {name: shape for name, value in values.items() if (shape := _sizes(value)) is not None}
+        shapes |= {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+        constants = _small_constants(proto.graph)
+        renamed = self._file_names(values)
+        stale: set[str] = set()  # follow from a size that has only now got a name
+        for node in proto.graph.node:
+            outputs = [name for name in node.output if name in shapes]
+            if stale.intersection(node.input) and not everything:
+                stale.update(node.output)
+                continue
+            for output in outputs:
+                for axis, size in enumerate(values[output].type.tensor_type.shape.dim):
+                    if _is_made_up(size.dim_param) and size.dim_param in renamed:
+                        size.dim_param = renamed[size.dim_param]
+                    elif _is_made_up(size.dim_param):
+                        symbol = size.dim_param
+                        renamed[symbol] = size.dim_param = self._name(node, output, axis)
+                    elif _is_unset(size):
+                        size.dim_param = self._name(node, output, axis)
+                        stale.add(output)
+                    if size.dim_param and not names_in(size.dim_param) <= {*self.dims, *self.ranges}:
+                        self._bound(size.dim_param, node, shapes, constants)
+                shapes[output] = _sizes(values[output]) or ()
+        # Symbols of nodes that were passed over get their names in the next round.
+        return bool(stale)
+
+    def _file_names(self, values: Mapping[str, onnx.ValueInfoProto]) -> dict[str, str]:
+        """Inference's own symbols that stand in results, and the names that the file gives to those sizes."""
+        found: dict[str, str] = {}
+        for (output, axis), name in self.given.items():
+            sizes = values[output].type.tensor_type.shape.dim
+            if axis < len(sizes) and _is_made_up(sizes[axis].dim_param) and name.isidentifier():
+                found.setdefault(sizes[axis].dim_param, name)
+        return found
+
+    def _name(self, node: onnx.NodeProto, output: str, axis: int) -> str:
+        name = _size_name(node, output, axis)
+        # One count stands in all results of a node whose count depends on data.
+        while name in self._taken and not (node.op_type in DATA_DEPENDENT and name in self.ranges):
+            name += "_"
+        self._taken.add(name)
+        return name
+
+    def _bound(
+        self, name: str, node: onnx.NodeProto, shapes: Mapping[str, Shape], constants: Mapping[str, np.ndarray]
+    ) -> None:
+        limit = node_bound(node, shapes, constants)
+        reach = evaluate_range(limit, {**self.dims, **self.ranges}) if limit is not None else None
+        if reach is not None:
+            self.ranges[name] = (0, max(1, reach[2] // 2), max(1, reach[2]))
+
+
+def _is_made_up(symbol: str) -> bool:
+    """Whether onnx's shape inference made a symbol itself."""
+    return re.fullmatch(r"unk__\d+", symbol) is not None
+
+
+def _size_name(node: onnx.NodeProto, output: str, axis: int) -> str:
+    if node.op_type in DATA_DEPENDENT:
+        name = f"{node.name}_count"
+    elif output == node.output[0]:
+        name = f"{node.name}_size{axis}"
+    else:
+        name = f"{node.name}_{output}_size{axis}"
+    name = re.sub(r"\W+", "_", name)
+    return name if name.isidentifier() else f"n_{name}"
+
+
+def _sizes(value: onnx.ValueInfoProto) -> Shape | None:
+    tensor = value.type.tensor_type
+    if value.type.WhichOneof("value") != "tensor_type" or not tensor.HasField("shape"):
+        return None
+    return tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim)
+
+
+def _small_constants(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    inline = [tensor for tensor in graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in inline}
+    for node in graph.node:
+        value = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
+        if node.op_type == "Constant" and not node.domain and value is not None:
+            found[node.output[0]] = numpy_helper.to_array(value)
+    return found
 
 
 def _load(path: Path) -> onnx.ModelProto:

@@ -15,6 +15,7 @@ from ..errors import OptionError
 from ..passes.default import DEFAULT
 from ..passes.pipeline import Pipeline
 from .backends.base import BuildOptions, Progress
+from .dims import Dim
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,15 @@ class Options:
         device: where the module will run; default the module's own device, or what the backend runs on.
         cache_dir: folder for compiled kernels; default ``$TRTBRIDGE_CACHE_DIR``, else the user's cache folder.
         progress: called with (stage, fraction) while converting.
+        plugin_host: "engine" keeps plugins inside engines and raises where one cannot be, "segments" runs all of them
+            between engines, "auto" keeps inside what can be.
+        fallback: make plugins of what the backend refuses; False raises `UnsupportedOpError` or `BuildError` instead.
+        check_export: run the exported graph in ONNX Runtime on the example, and make plugins of what comes out wrong.
+            Models over 2 GiB are not checked.
+        max_data_size: bound of sizes that depend on data and that nothing else bounds. Engines need one where they read
+            such a tensor.
+        output_shapes: names and bounds for data-dependent sizes of results, by the result's label or position:
+            ``{"boxes": {0: Dim("found", max=300)}}``.
     """
 
     opset: int | None = None
@@ -48,6 +58,11 @@ class Options:
     device: torch.device | str | None = None
     cache_dir: str | os.PathLike[str] | None = None
     progress: Progress | None = None
+    plugin_host: str = "auto"
+    fallback: bool = True
+    check_export: bool = True
+    max_data_size: int | None = None
+    output_shapes: Mapping[str | int, Mapping[int, Dim]] | None = None
 
     @classmethod
     def make(cls, given: Mapping[str, Any]) -> Options:
@@ -74,7 +89,7 @@ class Options:
         opset = self.opset
         need(opset is None or (_is_int(opset) and 18 <= opset <= 25), "opset", "an ONNX opset from 18 to 25")
         need(isinstance(self.passes, Pipeline), "passes", "a passes.Pipeline, such as trtbridge.DEFAULT")
-        for name in ("tf32", "isolate"):
+        for name in ("tf32", "isolate", "fallback", "check_export"):
             need(isinstance(getattr(self, name), bool), name, "True or False")
         level = self.optimization_level
         need(level is None or (_is_int(level) and 0 <= level <= 5), "optimization_level", "from 0 to 5")
@@ -92,6 +107,22 @@ class Options:
             and all(isinstance(p, (tuple, list)) and len(p) == 2 and all(map(_is_int, p)) for p in pairs),
             "compute_capabilities",
             "pairs such as ((8, 9), (12, 0))",
+        )
+        need(self.plugin_host in ("auto", "engine", "segments"), "plugin_host", '"auto", "engine" or "segments"')
+        size = self.max_data_size
+        need(size is None or (_is_int(size) and size > 0), "max_data_size", "a positive number of elements")
+        shapes = self.output_shapes
+        need(
+            shapes is None
+            or (
+                isinstance(shapes, Mapping)
+                and all(
+                    isinstance(dims, Mapping) and all(_is_int(a) and isinstance(d, Dim) for a, d in dims.items())
+                    for dims in shapes.values()
+                )
+            ),
+            "output_shapes",
+            'a dict such as {"boxes": {0: tb.Dim("found", max=300)}}',
         )
         need(self.progress is None or callable(self.progress), "progress", "a function of (stage, fraction)")
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from ..nodes import DOMAIN, OP_ATTRIBUTE
 from .model import ORIGIN_KEY, Origin
+from .untranslatable import marked_call, strip_mark
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n\s*(?P<code>(?!File ")[^\n]*))?')
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
@@ -71,13 +73,16 @@ def _read(node: ir.Node, prefix: str) -> Origin | None:
     classes = _as_list(metadata.get("pkg.torch.onnx.class_hierarchy", ""))
     if not trace and not scopes:
         return None
-    file, line, code = user_frame(trace)
+    call = marked_call(trace)
+    file, line, code = user_frame(strip_mark(trace))
     # The last scope is the fx node itself, the last class its op; before it stands the innermost module.
     module = scopes[-2] if len(scopes) > 1 else ""
     module_class = classes[-2] if len(classes) > 1 else ""
     target = _TARGET.search(metadata.get("pkg.torch.onnx.fx_node", ""))
     op = target[1].removeprefix("torch.ops.") if target else (classes[-1] if classes else node.op_type)
-    return Origin(file, line, code, strip_prefix(module, prefix), module_class, op)
+    if node.domain == DOMAIN:
+        op = node.attributes[OP_ATTRIBUTE].as_string().replace("::", ".")
+    return Origin(file, line, code, strip_prefix(module, prefix), module_class, op, call)
 
 
 def strip_prefix(name: str, prefix: str) -> str:

@@ -8,15 +8,16 @@ segment computes what it needs of it again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import onnx
 import onnx_ir as ir
 
 from ..errors import UnsupportedOpError
-from ..plugins.registry import CALL_ATTRIBUTE, DOMAIN, OP_ATTRIBUTE
-from .backends.base import Segment
+from ..nodes import CALL_ATTRIBUTE, DOMAIN, OP_ATTRIBUTE, REASON_KEY
+from ..plugins.host_spec import HOST_ATTRIBUTE, HOST_OP_TYPE
+from .backends.base import Backend, Segment
 from .dims import Shape
 from .model import OnnxModel, TensorSpec, iterate_nodes, origin_of
 from .plan import Plan, PluginCall
@@ -32,8 +33,13 @@ _PLUGIN_ONLY_TYPES = {
 }  # fmt: skip
 
 
-def partition(model: OnnxModel) -> Plan:
+def partition(model: OnnxModel, host: Backend | None = None, outside: Collection[str] = ()) -> Plan:
     """Split a model at its plugin nodes.
+
+    Args:
+        model: after the passes.
+        host: the backend whose engines may hold plugins; None keeps every plugin between engines.
+        outside: names of plugin nodes that stay between engines all the same: the backend failed over them.
 
     Returns:
         The plan; a model without plugin nodes is one segment, and one that only forwards its inputs has no step.
@@ -41,7 +47,7 @@ def partition(model: OnnxModel) -> Plan:
     Raises:
         UnsupportedOpError: a plugin node stands inside the body of an If, Loop or Scan node.
     """
-    return _Partitioner(model).plan()
+    return _Partitioner(model, host, outside).plan()
 
 
 def is_plugin(node: onnx.NodeProto) -> bool:
@@ -52,10 +58,15 @@ def is_plugin(node: onnx.NodeProto) -> bool:
 @dataclass
 class _Partitioner:
     model: OnnxModel
+    host: Backend | None
+    kept_out: Collection[str]
     producers: dict[str, onnx.NodeProto] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)  # by tensor
     shape_like: set[int] = field(default_factory=set)  # by id of node
     absorbed: dict[str, tuple[str, ir.DataType]] = field(default_factory=dict)  # output of a cast → (its input, dtype)
+    outside: set[int] = field(default_factory=set)  # by id: plugin nodes that run between engines
+    hosted: dict[int, PluginCall] = field(default_factory=dict)  # by id: plugin nodes inside engines
+    host_refusals: dict[int, str] = field(default_factory=dict)  # by id: why not inside
 
     def __post_init__(self) -> None:
         graph = self.model.proto.graph
@@ -68,8 +79,9 @@ class _Partitioner:
 
     def plan(self) -> Plan:
         self._refuse_plugins_in_bodies()
+        self._choose_hosts()
         aliases = self._take_out_aliases()
-        plugins = [node for node in self.nodes if is_plugin(node)]
+        plugins = [node for node in self.nodes if id(node) in self.outside]
         if plugins:
             self._absorb_casts(plugins)
             self._measure_depths()
@@ -78,7 +90,7 @@ class _Partitioner:
         wanted = {name for call in calls for name in call.inputs} | set(results)
         by_depth: dict[int, list[onnx.NodeProto]] = {}
         for node in self.nodes:
-            if not is_plugin(node) and node.output[0] not in self.absorbed:
+            if id(node) not in self.outside and node.output[0] not in self.absorbed:
                 needed = id(node) not in self.shape_like or wanted.intersection(node.output)
                 if needed or not plugins:
                     by_depth.setdefault(self._depth(node), []).append(node)
@@ -98,7 +110,9 @@ class _Partitioner:
                     home |= {spec.name for spec in segment.outputs}
             steps += [call for call, node in zip(calls, plugins, strict=True) if self._depth(node) == depth]
         constants = self._constants({name for call in calls for name in call.inputs} | set(results))
-        return Plan(tuple(steps), self.model.signature, constants, aliases, self.model.source)
+        return Plan(
+            tuple(steps), self.model.signature, constants, aliases, self.model.source, dict(self.model.data_dims)
+        )
 
     def _refuse_plugins_in_bodies(self) -> None:
         inside = [n for node in self.nodes for body in _bodies(node) for n in iterate_nodes(body) if is_plugin(n)]
@@ -109,9 +123,37 @@ class _Partitioner:
                 "Move them out of torch.cond, while_loop or scan."
             )
 
+    def _choose_hosts(self) -> None:
+        """Ask the backend of each plugin node whether its engine can hold it."""
+        for node in self.nodes:
+            if not is_plugin(node):
+                continue
+            if self.host is not None:
+                call = self._plugin_call(node)
+                if node.name in self.kept_out:
+                    reason = "the builder failed over it"
+                else:
+                    reason = self.host.plugin_refusal(call, tuple(self._spec(name) for name in call.inputs))
+                if not reason:
+                    self.hosted[id(node)] = call
+                    continue
+                self.host_refusals[id(node)] = reason
+            self.outside.add(id(node))
+
+    def _hosted_node(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """A plugin node as the backend's parser takes it."""
+        assert self.host is not None
+        call = self.hosted[id(node)]
+        made = onnx.NodeProto()
+        made.CopyFrom(node)
+        made.op_type = HOST_OP_TYPE
+        spec = self.host.host_spec(call, tuple(self._spec(name) for name in call.inputs))
+        made.attribute.append(onnx.helper.make_attribute(HOST_ATTRIBUTE, spec))
+        return made
+
     def _take_out_aliases(self) -> dict[str, str]:
         """Identity nodes that only forward what no engine makes need no engine."""
-        made = {name for node in self.nodes if not is_plugin(node) for name in node.output}
+        made = {name for node in self.nodes if id(node) not in self.outside for name in node.output}
         aliases = {
             node.output[0]: node.input[0]
             for node in self.nodes
@@ -138,8 +180,8 @@ class _Partitioner:
             to = _cast_target(node)
             if target in self.graph_outputs:
                 continue
-            before_plugin = to in _PLUGIN_ONLY_TYPES and all(map(is_plugin, readers.get(target, ())))
-            if before_plugin:
+            read_by = readers.get(target, ())
+            if to in _PLUGIN_ONLY_TYPES and all(id(reader) in self.outside for reader in read_by):
                 self.absorbed[target] = (source, to)
         for plugin in plugins:
             for name in plugin.output:
@@ -157,7 +199,7 @@ class _Partitioner:
             for name in self.reads[id(node)]:
                 producer = self.producers.get(name)
                 if producer is not None:
-                    depth = max(depth, self.depths[name] + is_plugin(producer))
+                    depth = max(depth, self.depths[name] + (id(producer) in self.outside))
             for name in node.output:
                 self.depths[name] = depth
             if node.domain or is_plugin(node) or _bodies(node):
@@ -200,6 +242,8 @@ class _Partitioner:
             input_dtypes=tuple(dtype for _, dtype in pairs),
             output_specs=tuple(self._spec(name) if name else None for name in outputs),
             origin=origin_of(node),
+            reason=next((entry.value for entry in node.metadata_props if entry.key == REASON_KEY), ""),
+            host_refusal=self.host_refusals.get(id(node), ""),
         )
 
     def _segment(self, name: str, nodes: list[onnx.NodeProto], wanted: set[str], home: set[str]) -> Segment | None:
@@ -211,7 +255,7 @@ class _Partitioner:
         inputs = [n for n in read if n not in made and n not in self.initializers]
         source = self.model.proto
         graph = onnx.GraphProto(name=name)
-        graph.node.extend(nodes)
+        graph.node.extend(self._hosted_node(node) if id(node) in self.hosted else node for node in nodes)
         graph.input.extend(self._value_info(n) for n in inputs)
         graph.output.extend(self._value_info(n) for n in outputs)
         used = set(read)
@@ -220,11 +264,12 @@ class _Partitioner:
         graph.value_info.extend(v for v in source.graph.value_info if v.name in made and v.name not in outside)
         proto = onnx.ModelProto(ir_version=source.ir_version, producer_name="trtbridge", graph=graph)
         proto.functions.extend(source.functions)
-        proto.opset_import.extend(o for o in source.opset_import if o.domain != DOMAIN)
+        hosted = tuple(self.hosted[id(node)] for node in nodes if id(node) in self.hosted)
+        proto.opset_import.extend(o for o in source.opset_import if o.domain != DOMAIN or hosted)
         provenance = {n: origin for n, origin in self.model.provenance.items() if n in made or n in used}
         weights = {n: self.model.weights[n] for n in used if n in self.model.weights}
         return Segment(
-            name, proto, weights, tuple(map(self._spec, inputs)), tuple(map(self._spec, outputs)), provenance
+            name, proto, weights, tuple(map(self._spec, inputs)), tuple(map(self._spec, outputs)), provenance, hosted
         )
 
     def _spec(self, name: str) -> TensorSpec:
@@ -234,7 +279,7 @@ class _Partitioner:
                 f"Tensor {name!r} crosses from one segment to the next, but its type or rank is not known "
                 f"(made by {self.model.provenance.get(name)})."
             )
-        return TensorSpec.make(name, dtype, shape, self.model.signature.dims)
+        return TensorSpec.make(name, dtype, shape, {**self.model.signature.dims, **self.model.data_dims})
 
     def _value_info(self, name: str) -> onnx.ValueInfoProto:
         spec = self._spec(name)
@@ -248,6 +293,13 @@ class _Partitioner:
             elif name in self.initializers:
                 found[name] = ir.serde.deserialize_tensor(self.initializers[name])
         return found
+
+
+def spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
+    """The spec of a tensor of a graph, without ranges."""
+    sizes = value.type.tensor_type.shape.dim
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in sizes)
+    return TensorSpec.make(value.name, ir.DataType(value.type.tensor_type.elem_type), shape, {})
 
 
 def _cast_target(node: onnx.NodeProto) -> ir.DataType:

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from .backends.base import Segment
+from .dims import Range
 from .model import Origin, Signature, TensorSpec
 
 
@@ -25,6 +26,8 @@ class PluginCall:
         input_dtypes: what each input is cast to before the call, None for no cast.
         output_specs: dtype and shape of each named output after the call; the result is cast to that dtype.
         origin: the Python line that called it.
+        reason: why it is a plugin, in the words of what refused it.
+        host_refusal: why it is not inside an engine; "" where nobody asked.
     """
 
     name: str
@@ -35,6 +38,8 @@ class PluginCall:
     input_dtypes: tuple[ir.DataType | None, ...]
     output_specs: tuple[TensorSpec | None, ...]
     origin: Origin = field(default_factory=Origin)
+    reason: str = ""
+    host_refusal: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -46,6 +51,8 @@ class PluginCall:
             "input_dtypes": [None if dtype is None else dtype.name for dtype in self.input_dtypes],
             "output_specs": [None if spec is None else spec.to_json() for spec in self.output_specs],
             "origin": self.origin.to_metadata(),
+            "reason": self.reason,
+            "host_refusal": self.host_refusal,
         }
 
     @classmethod
@@ -59,6 +66,8 @@ class PluginCall:
             input_dtypes=tuple(None if name is None else ir.DataType[name] for name in data["input_dtypes"]),
             output_specs=tuple(None if spec is None else TensorSpec.from_json(spec) for spec in data["output_specs"]),
             origin=Origin.from_metadata(data["origin"]),
+            reason=data.get("reason", ""),
+            host_refusal=data.get("host_refusal", ""),
         )
 
 
@@ -72,6 +81,7 @@ class Plan:
         constants: initializers that plugin calls read or that are results themselves, by name.
         aliases: results that only forward an input, a constant or a plugin's output: result → that tensor.
         source: what the model was made from.
+        data_dims: ranges of the sizes that depend on data.
     """
 
     steps: tuple[Segment | PluginCall, ...]
@@ -79,10 +89,16 @@ class Plan:
     constants: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
+    data_dims: Mapping[str, Range] = field(default_factory=dict)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         return tuple(step for step in self.steps if isinstance(step, Segment))
+
+    @property
+    def hosted_calls(self) -> tuple[PluginCall, ...]:
+        """Plugin calls inside engines."""
+        return tuple(call for segment in self.segments for call in segment.hosted)
 
     @property
     def plugin_calls(self) -> tuple[PluginCall, ...]:

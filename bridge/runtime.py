@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import torch
 
 from ..errors import ExecutionError, TrtBridgeError
 from ..plugins.registry import call_op, find_op
+from ..plugins.sizes import names_in
 from .backends import get_backend
 from .backends.base import Engine, Executable
+from .dims import Range
 from .dtypes import to_torch
 from .plan import PluginCall
 from .program import EngineStep, Program
@@ -46,7 +48,7 @@ class RunningProgram:
             if isinstance(step, EngineStep):
                 self._steps.append(_engine_step(step.engine, backend.load(step.engine, device, cache_dir)))
             else:
-                self._steps.append(_plugin_step(step, device))
+                self._steps.append(_plugin_step(step, device, program.signature.dims))
         self._dead_after = _last_uses(program)
         self._local = threading.local()
 
@@ -73,6 +75,14 @@ class RunningProgram:
             for tensor in outputs:
                 tensor.record_stream(caller)
             return outputs
+
+    @torch.no_grad()
+    def run_all(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run on a CPU and return every tensor that crosses from one step to the next, by name."""
+        environment = dict(zip(self._inputs, inputs, strict=True)) | self._constants
+        for step in self._steps:
+            step(environment)
+        return environment
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         environment = dict(zip(self._inputs, inputs, strict=True))
@@ -108,13 +118,22 @@ def _engine_step(engine: Engine, executable: Executable) -> Callable[[_Environme
     return run
 
 
-def _plugin_step(step: PluginCall, device: torch.device) -> Callable[[_Environment], None]:
+def _plugin_step(step: PluginCall, device: torch.device, dims: Mapping[str, Range]) -> Callable[[_Environment], None]:
     op = find_op(step.op)
     dtypes = [None if dtype is None else to_torch(dtype) for dtype in step.input_dtypes]
     outputs = [
         (index, name, to_torch(spec.dtype))
         for index, (name, spec) in enumerate(zip(step.outputs, step.output_specs, strict=True))
         if name and spec is not None
+    ]
+
+    # Sizes that depend on data, with their bounds: the engines behind them take no more.
+    bounded = [
+        (name, axis, bounds[2])
+        for name, spec in zip(step.outputs, step.output_specs, strict=True)
+        if name and spec is not None
+        for axis, (size, bounds) in enumerate(zip(spec.shape, spec.ranges, strict=True))
+        if isinstance(size, str) and bounds is not None and not names_in(size) <= dims.keys()
     ]
 
     def no_autocast() -> AbstractContextManager[object]:
@@ -137,7 +156,14 @@ def _plugin_step(step: PluginCall, device: torch.device) -> Callable[[_Environme
                 f"  called at {step.origin}"
             ) from error
         for index, name, dtype in outputs:
-            environment[name] = results[index].to(dtype)
+            environment[name] = results[index].to(device, dtype)
+        for name, axis, most in bounded:
+            if environment[name].shape[axis] > most:
+                raise ExecutionError(
+                    f"{step.op} gave {environment[name].shape[axis]} elements in dimension {axis}, but what follows "
+                    f"was built for {most} at most: convert with a larger max_data_size or a wider tb.Dim.\n"
+                    f"  called at {step.origin}"
+                )
 
     return run
 

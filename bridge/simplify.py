@@ -12,6 +12,7 @@ import onnxscript.optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
+from ..nodes import DOMAIN
 from .model import INLINE_LIMIT_BYTES
 
 _ROUNDS = 2  # as many as the exporter makes; the second one finds what the first one opened up
@@ -65,6 +66,8 @@ def simplify(model: ir.Model) -> None:
 
 
 def _spare_weights(node: ir.Node) -> bool | None:
-    """Whether to fold a node: the optimizer's own choice (None), but never one that would copy a weight."""
+    """Whether to fold a node: the optimizer's own choice (None), but no plugin and none that would copy a weight."""
+    if node.domain == DOMAIN:
+        return False
     sizes = [value.const_value.nbytes for value in node.inputs if value is not None and value.const_value is not None]
     return False if max(sizes, default=0) > INLINE_LIMIT_BYTES else None

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import json
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,19 +128,23 @@ class Structure:
 TENSOR = Structure("tensor")
 
 
-def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
+def flatten(value: Any, numbers: Collection[int] = ()) -> tuple[list[torch.Tensor], Structure]:
     """The tensors of a nested value in order, and its structure.
 
     Dict entries keep their insertion order.
+
+    Args:
+        value: the nested value.
+        numbers: ids of 0-d tensors that stand for Python numbers.
     """
     leaves: list[torch.Tensor] = []
-    return leaves, _flatten(value, leaves)
+    return leaves, _flatten(value, leaves, numbers)
 
 
-def _flatten(value: Any, leaves: list[torch.Tensor]) -> Structure:
+def _flatten(value: Any, leaves: list[torch.Tensor], numbers: Collection[int]) -> Structure:
     if isinstance(value, torch.Tensor):
         leaves.append(value)
-        return TENSOR
+        return Structure("number") if id(value) in numbers else TENSOR
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):  # while tracing only
         dtype = torch.int64 if isinstance(value, torch.SymInt) else torch.float32
         leaves.append(torch.scalar_tensor(value, dtype=dtype))  # type: ignore[arg-type]
@@ -148,7 +152,7 @@ def _flatten(value: Any, leaves: list[torch.Tensor]) -> Structure:
     kind, keys, parts, context = _take_apart(value)
     if kind == "constant":
         return Structure("constant", value=value)
-    children = tuple(_flatten(part, leaves) for part in parts)
+    children = tuple(_flatten(part, leaves, numbers) for part in parts)
     named = kind in ("namedtuple", "dataclass", "mapping", "pytree")
     return Structure(kind, children, keys, context, type(value) if named else None)
 
@@ -169,7 +173,7 @@ def _take_apart(value: Any) -> tuple[str, tuple[Any, ...], list[Any], Any]:
             return "dataclass", tuple(value), list(value.values()), None
         fields = tuple(field.name for field in dataclasses.fields(value))
         return "dataclass", fields, [getattr(value, name) for name in fields], None
-    if isinstance(value, tuple):  # torch.Size, torch.return_types.*
+    if isinstance(value, tuple) and kind not in pytree.SUPPORTED_NODES:  # torch.Size
         return "tuple", (), list(value), None
     if isinstance(value, defaultdict):
         return "dict", tuple(value), list(value.values()), None

@@ -1,149 +1,178 @@
-"""Ops that torch.onnx cannot translate become plugin nodes, through a translation table made on the fly."""
+"""Which calls of an exported program torch.onnx cannot translate, found before exporting and from its errors."""
 
 from __future__ import annotations
 
-import logging
+import operator
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterator
 
-import onnx
-import onnx_ir as ir
 import torch
-from onnxscript import evaluator
 
-from ..plugins.calls import encode
-from ..plugins.registry import CALL_ATTRIBUTE, DOMAIN, OP_ATTRIBUTE, node_type, op_name
-from .dtypes import to_torch
+from .graft import CALL
 
-logger = logging.getLogger(__name__)
-
-_TENSOR_TYPES = tuple(
-    f"tensor({name})"
-    for name in (
-        "float", "float16", "bfloat16", "double", "bool", "int8", "int16", "int32", "int64",
-        "uint8", "uint16", "uint32", "uint64", "float8e4m3fn", "float8e5m2", "complex64", "complex128",
-    )
-)  # fmt: skip
-_NO_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'\)>")
+# A line of the stack trace by which a node of the decomposed program tells which call it comes from. Decomposing keeps
+# stack traces and nothing else that the exporter hands on.
+_MARK = '\n  File "<trtbridge>", line 0, in {}\n'
+_MARKED = re.compile(r'\n  File "<trtbridge>", line 0, in ([^\n]*)\n')
+_TRANSLATING = re.compile(r"Error when translating node %(\w+)")
+_EXECUTING = re.compile(r"While executing %(\w+)")
+_NO_FUNCTION = "torch.onnx has no translation for {}"
 
 
-def find_untranslatable(program: torch.export.ExportedProgram, opset: int) -> set[torch._ops.OpOverload]:
-    """Ops of an exported program that the exporter neither translates nor decomposes: users' custom ops among them."""
-    from torch.onnx._internal.exporter import _registration  # no public view of the registry exists
+def mark_calls(program: torch.export.ExportedProgram) -> None:
+    """Write every call's name into its stack trace; calls inside a condition or loop get the name of that one."""
+    for node in call_nodes(program.graph_module):
+        node.meta["stack_trace"] = strip_mark(node.meta.get("stack_trace") or "") + _MARK.format(node.name)
+        for inner in _inner_nodes(program.graph_module, node):
+            inner.meta["stack_trace"] = strip_mark(inner.meta.get("stack_trace") or "") + _MARK.format(node.name)
+
+
+def marked_call(stack_trace: str | None) -> str:
+    """The call that a stack trace is marked with; "" for none."""
+    found = _MARKED.findall(stack_trace or "")
+    return found[-1] if found else ""
+
+
+def strip_mark(stack_trace: str) -> str:
+    """A stack trace without our mark."""
+    return _MARKED.sub("", stack_trace)
+
+
+def random_calls(program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Calls that draw random numbers: as plugins they draw from torch's generator, as the module does."""
+    found = {}
+    for node in call_nodes(program.graph_module):
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            given = {a.name: v for a, v in zip(node.target._schema.arguments, node.args, strict=False)} | node.kwargs
+            training = given.get("train", given.get("training"))
+            if training is False or given.get("dropout_p", given.get("dropout", 1)) == 0:
+                continue  # a dropout that drops nothing
+            if "dropout_p" in {a.name for a in node.target._schema.arguments} and "dropout_p" not in given:
+                continue  # attention's default is none
+            found[node.name] = "it draws from torch's random generator"
+    return found
+
+
+def find_untranslatable(program: torch.export.ExportedProgram, opset: int) -> dict[str, str]:
+    """Calls that the exporter neither translates nor decomposes into what it translates.
+
+    Args:
+        program: marked (`mark_calls`).
+        opset: ONNX opset.
+
+    Returns:
+        The reason by name of the call.
+    """
+    from torch.onnx._internal.exporter import _decomp, _dispatching, _registration  # no public view of it exists
 
     registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
-    decompositions = torch.export.default_decompositions()
-    found = set()
-    for op in _ops_of(program):
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
-        if not registry.is_registered(op) and op not in decompositions and not composite:
-            found.add(op)
+
+    def is_translated(node: torch.fx.Node) -> bool:
+        # Calls of Python's own operators are arithmetic over sizes, and assertions are left out.
+        if not isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)) or _is_dropped(node):
+            return True
+        return node.target is CALL or _dispatching.dispatch(node, registry)[0] is not None
+
+    # The usual case: every op is translated as it stands, and decomposing, which takes time, need not be tried.
+    if all(is_translated(node) for node in _all_calls(program.graph_module)):
+        return {}
+    table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
+    forget_pending_sizes(program)
+    try:
+        decomposed = program.run_decompositions(table)
+        forget_pending_sizes(program)
+    except Exception as error:
+        return blamed_calls(error, program, opset)
+    found: dict[str, str] = {}
+    for node in _all_calls(decomposed.graph_module):
+        if not is_translated(node):
+            name = marked_call(node.meta.get("stack_trace"))
+            if name:
+                found.setdefault(name, _NO_FUNCTION.format(node.target))
     return found
 
 
-def blamed_ops(error: BaseException, program: torch.export.ExportedProgram) -> set[torch._ops.OpOverload]:
-    """The ops of the program that an export failure is about: those called, not what they decompose to.
+def blamed_calls(error: BaseException, program: torch.export.ExportedProgram, opset: int) -> dict[str, str]:
+    """The calls that an export failure is about, with the exporter's words.
 
-    The exporter's message names an op of the decomposed graph; its ``from_node`` history names the call that the user
-    wrote.
+    The exporter names nodes of the decomposed program, or of the program itself where decomposing fails.
     """
-    named: set[str] = set()
-    cause: BaseException | None = error
-    while cause is not None:
-        named |= {f"{name.replace('::', '.')}.{overload}" for name, overload in _NO_FUNCTION.findall(str(cause))}
-        cause = cause.__cause__
-    if not named:
-        return set()
-    called = {str(op): op for op in _ops_of(program)}
-    found = {called[name] for name in named if name in called}
-    if len(found) < len(named):
-        from torch.onnx._internal.exporter import _decomp, _registration
+    from torch.onnx._internal.exporter import _decomp, _registration
 
-        registry = _registration.ONNXRegistry.from_torchlib()
-        table = _decomp.create_onnx_friendly_decomposition_table(
-            set(_decomp.get_onnx_implemented_overloads(registry)) | set(found)
-        )
-        originals = {n.name: n.target for n in _call_nodes(program) if isinstance(n.target, torch._ops.OpOverload)}
-        for node in _call_nodes(program.run_decompositions(table)):
-            if str(node.target) in named:
-                history = [source.name for source in _history(node)]
-                found |= {originals[name] for name in history if name in originals}
+    executing: dict[str, str] = {}
+    translating: dict[str, str] = {}
+    cause: BaseException | None = error
+    words = str(error)
+    while cause is not None:
+        words = str(cause).strip()
+        executing.update((name, words) for name in _EXECUTING.findall(words))
+        translating.update((name, words) for name in _TRANSLATING.findall(words))
+        cause = cause.__cause__
+    own = {node.name for node in call_nodes(program.graph_module)}
+    last = next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)
+    reason = f"torch.onnx fails on it: {last[:300]}"
+    found = {name: reason for name in executing if name in own}
+    if found:
+        return found
+    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
+    table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
+    forget_pending_sizes(program)
+    try:
+        decomposed = program.run_decompositions(table)
+    except Exception:
+        # Decomposing fails without naming a call: those that are not translated as they stand come into question.
+        return {
+            node.name: reason
+            for node in call_nodes(program.graph_module)
+            if isinstance(node.target, torch._ops.OpOverload)
+            and node.target is not CALL
+            and not registry.is_registered(node.target)
+            and not _is_dropped(node)
+        }
+    if translating:
+        for node in _all_calls(decomposed.graph_module):
+            # Type promotion gives a node of the decomposed program a new name that begins with the old one.
+            if any(name == node.name or name.startswith(f"{node.name}_") for name in translating):
+                call = marked_call(node.meta.get("stack_trace"))
+                if call:
+                    found[call] = reason
     return found
 
 
-def translation_table(
-    ops: Iterable[torch._ops.OpOverload], program: torch.export.ExportedProgram
-) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """A ``custom_translation_table`` that turns each op into a plugin node."""
-    counts: dict[Any, set[int]] = {}
-    for node in _call_nodes(program):
-        value = node.meta.get("val")
-        counts.setdefault(node.target, set()).add(len(value) if isinstance(value, (tuple, list)) else 1)
-    return {op: _translator(op, max(counts.get(op, {1}))) for op in ops}
+def forget_pending_sizes(program: torch.export.ExportedProgram) -> None:
+    """Drop data-dependent sizes that a translation left unassigned: torch takes them for the next kernel's mistake."""
+    for node in program.graph.nodes:
+        shape_env = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+        if shape_env is not None:
+            shape_env.pending_fresh_unbacked_symbols.clear()
+            return
 
 
-def _translator(op: torch._ops.OpOverload, outputs: int) -> Callable[..., Any]:
-    schema = _node_schema(op, outputs)
-    arguments = list(op._schema.arguments)
-
-    def translate(*args: Any, **kwargs: Any) -> Any:
-        by_name = {argument.name: argument for argument in arguments}
-        restored = [_restore(value, argument) for value, argument in zip(args, arguments, strict=False)]
-        restored_kwargs = {name: _restore(value, by_name[name]) for name, value in kwargs.items() if name in by_name}
-        tensors, call = encode(op, restored, restored_kwargs, lambda value: isinstance(value, ir.Value))
-        return evaluator.default().eval(  # type: ignore[attr-defined]
-            schema, tensors, {OP_ATTRIBUTE: op_name(op), CALL_ATTRIBUTE: call}
-        )
-
-    return translate
+def call_nodes(module: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+    """The calls of a graph that stand for an op (element accesses do not)."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is not operator.getitem:
+            yield node
 
 
-def _restore(value: Any, argument: Any) -> Any:
-    """Undo the exporter's own encoding of dtypes (as ONNX numbers), devices, layouts and formats (as text)."""
-    kind = str(argument.real_type)
-    if "ScalarType" in kind and isinstance(value, int):
-        return None if value < 0 else to_torch(ir.DataType(value))
-    if "Device" in kind and isinstance(value, str):
-        return torch.device(value)
-    if ("Layout" in kind or "MemoryFormat" in kind) and isinstance(value, str):
-        return getattr(torch, value.removeprefix("torch."))
-    return value
+def _all_calls(module: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+    for part in module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            yield from call_nodes(part)
 
 
-def _node_schema(op: torch._ops.OpOverload, outputs: int) -> onnx.defs.OpSchema:
-    """A schema that fixes a plugin node's number of outputs; never registered, so nothing global changes."""
-    schema = onnx.defs.OpSchema
-    variadic = schema.FormalParameter(
-        "inputs", "T", param_option=schema.FormalParameterOption.Variadic, is_homogeneous=False, min_arity=0
-    )
-    return schema(
-        node_type(op),
-        DOMAIN,
-        1,
-        inputs=[variadic],
-        outputs=[schema.FormalParameter(f"output{i}", f"T{i}") for i in range(outputs)],
-        type_constraints=[(name, list(_TENSOR_TYPES), "") for name in ("T", *(f"T{i}" for i in range(outputs)))],
-        attributes=[
-            schema.Attribute(OP_ATTRIBUTE, schema.AttrType.STRING),
-            schema.Attribute(CALL_ATTRIBUTE, schema.AttrType.STRING),
-        ],
-    )
+def _inner_nodes(module: torch.fx.GraphModule, node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """Every node of the graphs that a higher-order op is called with."""
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr":
+            inner = getattr(module, str(argument.target), None)
+            if isinstance(inner, torch.fx.GraphModule):
+                for part in inner.modules():
+                    if isinstance(part, torch.fx.GraphModule):
+                        yield from (n for n in part.graph.nodes if n.op == "call_function")
 
 
-def _call_nodes(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
-    modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
-    return [node for module in modules for node in module.graph.nodes if node.op == "call_function"]
-
-
-def _ops_of(program: torch.export.ExportedProgram) -> set[torch._ops.OpOverload]:
-    return {node.target for node in _call_nodes(program) if isinstance(node.target, torch._ops.OpOverload)}
-
-
-def _history(node: torch.fx.Node) -> list[Any]:
-    sources, pending = [], list(node.meta.get("from_node", ()))
-    while pending:
-        source = pending.pop()
-        sources.append(source)
-        pending += source.from_node
-    return sources
+def _is_dropped(node: torch.fx.Node) -> bool:
+    """Assertions, which the exporter leaves out."""
+    name = str(node.target)
+    return "_assert" in name or "sym_constrain_range" in name

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import onnx
 import onnx_graphsurgeon as gs
 
+from ..nodes import DOMAIN
 from .pipeline import Notes, Pass
-from .surgery import PLUGIN_DOMAIN, bodies, drop_outputs, is_standard, output_ids, remove_nodes, scopes
+from .surgery import bodies, drop_outputs, is_standard, output_ids, remove_nodes, scopes
 
 _OPTIONAL = onnx.defs.OpSchema.FormalParameterOption.Optional
 
@@ -42,7 +43,7 @@ def _clean(scope: gs.Graph, notes: Notes) -> int:
         # Readers come later in the list, those in subgraphs through the node that holds the subgraph.
         read = [id(t) in outputs or any(id(reader) not in gone for reader in t.outputs) for t in node.outputs]
         if not any(read):
-            if node.domain == PLUGIN_DOMAIN:
+            if node.domain == DOMAIN:
                 notes.refused(node, "nobody reads it, but a plugin may have side effects")
                 continue
             dead.append(node)

@@ -61,5 +61,7 @@ def _through_int(node: gs.Node, notes: Notes) -> list[gs.Node]:
     before = gs.Node("Cast", attrs={"to": int(onnx.TensorProto.INT32)}, inputs=[source], outputs=[wide])
     set_input(node, 0, wide)
     set_output(node, 0, result)
-    after = gs.Node("Cast", attrs={"to": int(onnx.TensorProto.BOOL)}, inputs=[result], outputs=[target])
+    # Not a cast: the maximum of nothing is the least integer, and that is False.
+    zero = notes.constant(np.zeros((), np.int32), "zero")
+    after = gs.Node("Greater", inputs=[result, zero], outputs=[target])
     return [before, node, after]

@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-PLUGIN_DOMAIN = "trtbridge"
 """Domain of the nodes that call a torch op. Passes leave them as they are."""
 
 STANDARD_DOMAINS = (None, "", "ai.onnx")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ..errors import PluginError
-from .calls import decode
+from .calls import decode, flatten_results, written_inputs
+from .shipped import load_shipped
 
-DOMAIN = "trtbridge"
-"""ONNX domain of plugin nodes."""
+_HOMES = {"onnx_node": "onnx_node", "run_program": "program"}
+"""The module of this package that registers an op of the namespace ``trtbridge``, beside those that ship for users."""
 
-OP_ATTRIBUTE = "op"
-"""Node attribute with the op's full name ("aten::cummax.default")."""
-
-CALL_ATTRIBUTE = "call"
-"""Node attribute with the call's JSON template (`plugins.calls`)."""
+PYTHON = "python"
+"""Namespace of functions of torch that are no ops ("python::torch.cov")."""
 
 
 def op_name(op: torch._ops.OpOverload) -> str:
@@ -24,14 +25,14 @@ def op_name(op: torch._ops.OpOverload) -> str:
     return f"{op.namespace}::{op._schema.name.split('::')[1]}.{op._overloadname}"
 
 
-def node_type(op: torch._ops.OpOverload) -> str:
+def node_type(name: str) -> str:
     """The ONNX op type of an op's plugin nodes: ``aten_cummax``, with the overload where it is not the default."""
-    name = op_name(op).replace("::", "_")
-    return name.removesuffix(".default").replace(".", "_")
+    return name.replace("::", "_").removesuffix(".default").replace(".", "_")
 
 
-def find_op(name: str) -> torch._ops.OpOverload:
-    """The torch op of a full name.
+@functools.cache
+def find_op(name: str) -> Callable[..., Any]:
+    """The torch op of a full name, or for ``python::torch.cov`` that function.
 
     Raises:
         PluginError: no such op in this process; its library must be imported first.
@@ -39,6 +40,12 @@ def find_op(name: str) -> torch._ops.OpOverload:
     namespace, _, rest = name.partition("::")
     packet_name, _, overload = rest.partition(".")
     try:
+        if namespace == PYTHON:
+            return functools.reduce(getattr, rest.split(".")[1:], torch)  # type: ignore[return-value]
+        if namespace == "trtbridge" and packet_name in _HOMES:
+            importlib.import_module(f".{_HOMES[packet_name]}", __package__)
+        elif namespace == "trtbridge":
+            load_shipped(name)
         return getattr(getattr(getattr(torch.ops, namespace), packet_name), overload or "default")  # type: ignore[no-any-return]
     except (AttributeError, RuntimeError) as error:
         raise PluginError(
@@ -48,7 +55,7 @@ def find_op(name: str) -> torch._ops.OpOverload:
 
 
 def call_op(
-    op: torch._ops.OpOverload, template: str, tensors: Sequence[torch.Tensor], device: torch.device
+    op: Callable[..., Any], template: str, tensors: Sequence[torch.Tensor], device: torch.device | None
 ) -> list[torch.Tensor]:
     """Run a plugin op on torch's current stream.
 
@@ -56,14 +63,13 @@ def call_op(
         op: the torch op.
         template: the call's JSON template.
         tensors: input tensors.
-        device: device that constants of type device become.
+        device: device that constants of type device become; None leaves them.
 
     Returns:
-        The output tensors, flat.
+        The output tensors, flat (`flatten_results`).
     """
+    written = written_inputs(template)
+    if written:
+        tensors = [tensor.clone() if index in written else tensor for index, tensor in enumerate(tensors)]
     args, kwargs = decode(template, tensors, device)
-    result = op(*args, **kwargs)
-    flat: list[torch.Tensor] = []
-    for part in result if isinstance(result, (tuple, list)) else (result,):
-        flat += part if isinstance(part, (tuple, list)) else (part,)
-    return flat
+    return [*flatten_results(op(*args, **kwargs)), *(tensors[index] for index in written)]

@@ -46,7 +46,9 @@ def main() -> int:
         "--append", type=Path, nargs="+", default=[], metavar="JSON", help="earlier records to put before"
     )
     parser.add_argument("--no-render", action="store_true", help="write no report, only --json")
-    parser.add_argument("--parts", default="runtime,models", help="runtime, models or both (default)")
+    parser.add_argument(
+        "--parts", default="runtime,plugins,host,models", help="of %(default)s, separated by commas (default: all)"
+    )
     parser.add_argument("--models", default="", help="names, or parts of names, of models, separated by commas")
     parser.add_argument("--workers", type=int, default=6, help="processes at once in the phases without a clock")
     parser.add_argument("--convert-timeout", type=float, default=300, metavar="S", help="for one model")
@@ -84,6 +86,22 @@ def run(options: argparse.Namespace, scratch: Path) -> Record:
         spread = ["-n", str(options.workers)] if importlib.util.find_spec("xdist") and options.workers > 1 else []
         path = scratch / "runtime.json"
         records.append(run_pytest(["test_runtime.py"], [*spread, *options.pytest_options], environment, path))
+        keep()
+    if "plugins" in parts:
+        spread = ["-n", str(options.workers)] if importlib.util.find_spec("xdist") and options.workers > 1 else []
+        path = scratch / "plugins.json"
+        files = ["test_shipped_ops.py", "test_plugin_models.py"]
+        records.append(run_pytest(files, [*spread, *options.pytest_options], environment, path))
+        keep()
+        path = scratch / "authoring.json"  # alone, for it takes times
+        records.append(run_pytest(["test_authoring.py"], options.pytest_options, environment, path))
+        keep()
+    if "host" in parts:
+        path = scratch / "host.json"
+        newest = os.environ.get("GPU_SITE_PLUGINS")  # where the newest parser stands beside an older runtime
+        site = os.pathsep.join(filter(None, [newest, environment.get("PYTHONPATH")]))
+        hosting = dict(environment, PYTHONPATH=site) if newest else environment
+        records.append(run_pytest(["test_plugin_host.py"], options.pytest_options, hosting, path))
         keep()
     if "models" in parts:
         folder = options.prebuilt or scratch / "prebuilt"
@@ -196,7 +214,18 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 # The report
 
+_SECONDS = ("trace", "export", "passes", "verify", "build", "convert", "load")
 _COLUMNS: dict[str, dict[str, str]] = {
+    "authoring": {
+        "op": "op",
+        "size": "size",
+        "torch_ms": "torch ms",
+        "triton_ms": "Triton ms",
+        "model_eager_ms": "model, eager ms",
+        "model_converted_ms": "converted ms",
+        "model_eager_plugin_ms": "with the plugin, eager ms",
+        "model_converted_plugin_ms": "converted ms",
+    },
     "models": {
         "model": "model",
         "dtype": "dtype",
@@ -214,8 +243,10 @@ _COLUMNS: dict[str, dict[str, str]] = {
     "builds": {
         "model": "model",
         "dtype": "dtype",
+        "trace": "trace s",
         "export": "export s",
         "passes": "passes s",
+        "verify": "verify s",
         "build": "build s",
         "convert": "in all s",
         "first_call": "first calls s",
@@ -230,6 +261,10 @@ _TITLES = {
     "models": "Numbers and latency",
     "builds": "Conversion",
     "plugins": "Plugins between engines",
+    "plugin models": "Models that need plugins",
+    "plugin_hosts": "Plugins inside engines and between them, µs a call",
+    "plugin_hosts_graph": "CUDA graph replay, plugins inside",
+    "authoring": "Authoring",
     "jit cache": "Compiled kernels kept between processes",
     "overhead": "What a call costs the CPU",
 }
@@ -317,7 +352,7 @@ def _add_seconds(builds: list[dict[str, Any]], seconds: Sequence[Mapping[str, An
     by_key = {(row["backend"], row["model"], row["dtype"]): row for row in seconds}
     for row in builds:
         times = by_key.get((row["backend"], row["model"], row["dtype"]), {})
-        row |= {name: times[name] for name in ("export", "passes", "build", "convert", "load") if name in times}
+        row |= {name: times[name] for name in _SECONDS if name in times}
         first = [str(value) for name, value in times.items() if name.startswith("first call")]
         row["first_call"] = " + ".join(first)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx
 import onnx_ir as ir
 import torch
 
 from ..model import Origin, TensorSpec
+
+if TYPE_CHECKING:
+    from ..plan import PluginCall
 
 Progress = Callable[[str, float], None]
 """``progress(phase, fraction)``: called while an engine builds; fraction in [0, 1]. Raising KeyboardInterrupt stops."""
@@ -28,6 +31,7 @@ class Segment:
         inputs: the graph's inputs in order, with ranges.
         outputs: the graph's outputs in order.
         provenance: origin of every tensor in the graph, for errors.
+        hosted: the plugin calls that stay inside the engine.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Segment:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     provenance: Mapping[str, Origin] = field(default_factory=dict, repr=False)
+    hosted: tuple[PluginCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class Engine:
     Attributes:
         backend: name of the backend that made it and can load it.
         parts: named blobs (for TensorRT ``engine.plan``; for ONNX Runtime ``model.onnx`` and ``weights.bin``).
-        info: JSON-ready facts: versions, compute capability, layers (name, type, precision), options used.
+        info: JSON-ready facts: versions, compute capability, layers (name, type, precision), options used, and
+            ``plugins``, those inside the engine (op, node, place in the user's program).
         inputs: binding specs in the order that the executable takes them.
         outputs: binding specs in the order that the executable returns them.
     """
@@ -159,6 +165,23 @@ class Backend(Protocol):
         """
         ...
 
+    def plugin_refusal(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
+        """Why a plugin call cannot stay inside an engine, in words for people; "" where it can.
+
+        Args:
+            call: the call.
+            input_specs: its inputs as they are in the engine, in the order of ``call.inputs``.
+        """
+        ...
+
+    def host_spec(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
+        """The ``host`` attribute of a plugin node that stays inside an engine; arguments as for `plugin_refusal`.
+
+        Raises:
+            PluginError: it cannot stay inside.
+        """
+        ...
+
     def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
         """Ask the parser alone: every node that it refuses, empty where it takes all.
 
@@ -188,5 +211,6 @@ class Backend(Protocol):
 
         Raises:
             BackendError: not installed, no such device, or the engine was built for another GPU or version.
+            PluginError: a plugin op inside the engine is not registered in this process.
         """
         ...

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx.inliner
@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
-from ...errors import BackendError, ExecutionError, OptionError, UnsupportedOpError
+from ...errors import BackendError, ExecutionError, OptionError, PluginError, UnsupportedOpError
 from ..model import TensorSpec, iterate_nodes
 from .base import BackendStatus, BuildOptions, Engine, Progress, Refusal, Segment
 from .ort_refusals import find_refusals
@@ -35,6 +35,9 @@ from .ort_session import (
     zeros_like,
 )
 from .widen import NARROW_TYPES, widen
+
+if TYPE_CHECKING:
+    from ..plan import PluginCall
 
 _LOG_FATAL_ONLY = 4  # errors arrive as exceptions
 # CUDA has float16 kernels for nearly everything, bfloat16 kernels for some.
@@ -71,6 +74,18 @@ class OnnxRuntimeBackend:
         for name in ("optimization_level", "workspace_bytes", "compute_capabilities", "timeout_s"):
             if getattr(options, name) != getattr(unset, name):
                 raise OptionError(f"{name} is for TensorRT; backend 'onnxruntime' has no such option. Leave it out.")
+
+    def plugin_refusal(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
+        """Why a plugin call cannot stay inside an engine: none can."""
+        return "ONNX Runtime has no torch ops"
+
+    def host_spec(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
+        """Refuse.
+
+        Raises:
+            PluginError: always.
+        """
+        raise PluginError(f"{call.op} cannot stay inside an engine: {self.plugin_refusal(call, input_specs)}.")
 
     def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
         """Ask ONNX Runtime for a kernel for every node, with zeros in place of the weights.
@@ -113,7 +128,8 @@ class OnnxRuntimeBackend:
             nodes = "\n".join(f"- {refusal}" for refusal in refusals)
             raise UnsupportedOpError(
                 f"ONNX Runtime {ort.__version__} does not take {len(refusals)} node(s) of {segment.name}:\n{nodes}\n"
-                "Let these run as plugins, or rewrite them with a pass."
+                "Let these run as plugins, or rewrite them with a pass.",
+                refusals,
             ) from error
         report("session", 1.0)
         info = {

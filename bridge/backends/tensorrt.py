@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import mmap
@@ -16,17 +17,23 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import onnx_ir as ir
 import torch
 
-from ...errors import BackendError, BuildError, DynamicShapeError, UnsupportedOpError
-from ..model import Origin
+from ...errors import BackendError, BuildError, DynamicShapeError, PluginError, TrtBridgeError, UnsupportedOpError
+from ..model import Origin, TensorSpec
 from . import trt_build
-from .base import BackendStatus, BuildOptions, Engine, Progress, Refusal, Segment
+from .base import BackendStatus, BuildOptions, Engine, Executable, Progress, Refusal, Segment
+from .empty import EmptySafe, can_be_empty, empty_parts
 from .flavour import FLAVOURS, Flavour, find_capabilities, tf32_environment
+from .plugin_library import library_environment, require_library
+from .plugin_nodes import describe_host, hosted_plugins, make_parseable, probe_segment
 from .trt_run import ENGINE_PART, TensorRtExecutable
+
+if TYPE_CHECKING:
+    from ..plan import PluginCall
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +69,19 @@ class TensorRtBackend:
     def check_options(self, options: BuildOptions) -> None:
         find_capabilities(self.flavour, options.compute_capabilities)
 
+    def plugin_refusal(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
+        refusal = _hosting_refusal(self.name)
+        if refusal:
+            return refusal
+        try:
+            describe_host(call, input_specs)
+        except PluginError as error:
+            return str(error)
+        return ""
+
+    def host_spec(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
+        return describe_host(call, input_specs).to_json()
+
     def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
         self._require_build()
         with _job(self.flavour, segment, options, parse_only=True) as folder:
@@ -78,9 +98,9 @@ class TensorRtBackend:
             outcome = _run(self.flavour, folder, segment, options, progress)
             refusals = _refusals(outcome, segment)
             if refusals:
-                raise UnsupportedOpError(describe_refusals(self.flavour.title, refusals))
+                raise UnsupportedOpError(describe_refusals(self.flavour.title, refusals), refusals)
             if outcome.error:
-                raise BuildError(_failure(self.flavour, segment, outcome))
+                raise BuildError(_failure(self.flavour, segment, outcome), _suspected(segment, outcome))
             plan = _map_file(folder / ENGINE_PART)
         for message in outcome.messages:
             logger.info("%s: %s", segment.name, message)
@@ -90,10 +110,12 @@ class TensorRtBackend:
             "layers": outcome.layers,
             "tf32": options.tf32,
             "build_seconds": round(time.perf_counter() - started, 3),
+            "plugins": hosted_plugins(segment),
         }
-        return Engine(self.name, {ENGINE_PART: plan}, info, segment.inputs, segment.outputs)
+        parts, info["empty"] = empty_parts(segment)
+        return Engine(self.name, {ENGINE_PART: plan, **parts}, info, segment.inputs, segment.outputs)
 
-    def load(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> TensorRtExecutable:
+    def load(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> Executable:
         if device.type != "cuda":
             raise BackendError(
                 f"{self.flavour.title} engines run on a CUDA device, not on {device}. "
@@ -101,12 +123,34 @@ class TensorRtBackend:
             )
         if not torch.cuda.is_available():
             raise BackendError(_no_gpu(self.flavour))
-        return TensorRtExecutable(self.flavour, engine, device, cache_dir)
+        executable = TensorRtExecutable(self.flavour, engine, device, cache_dir)
+        return EmptySafe(engine, executable) if can_be_empty(engine.inputs) else executable
 
     def _require_build(self) -> None:
         status = self.status()
         if not status.can_build:
             raise BackendError(status.reason)
+
+
+@functools.cache
+def _hosting_refusal(name: str) -> str:
+    """Why this library takes no plugins inside engines, "" where it does: its parser is asked, once a process.
+
+    Its version does not tell: the parser is a library of its own, and the number that it gives is always the same.
+    """
+    backend = TensorRtBackend(name)
+    title = backend.flavour.title
+    try:
+        refusals = backend.check(probe_segment(), BuildOptions())
+    except TrtBridgeError as error:
+        return f"{title} cannot be asked whether it takes plugins: {str(error).strip().splitlines()[0]}"
+    if not refusals:
+        return ""
+    needed = "TensorRT-RTX does from 1.7 on" if backend.flavour.jit else "TensorRT does from 10.0 on"
+    return (
+        f"{title} {backend.status().version} takes no plugins inside engines ({needed}); its parser says: "
+        f"{refusals[0].reason}"
+    )
 
 
 def describe_refusals(title: str, refusals: Sequence[Refusal]) -> str:
@@ -128,17 +172,20 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
         raise DynamicShapeError(
             f"{flavour.title} needs a range for every dimension, and these of {segment.name} depend on data:\n  "
             + "\n  ".join(unknown)
+            + "\nState a bound: max_data_size for all of them, tb.Dim in output_shapes for one that a result has, or "
+            "torch._check(size <= bound) in the model."
         )
     # The engine is about as large as the weights, and both are in the folder at the end.
     size = 2 * sum(weight.nbytes for weight in segment.weights.values())
     with tempfile.TemporaryDirectory(prefix="trtbridge-", dir=_scratch_folder(size)) as name:
         folder = Path(name)
         try:
-            (folder / "model.onnx").write_bytes(segment.proto.SerializeToString())
+            (folder / "model.onnx").write_bytes(make_parseable(segment.proto).SerializeToString())
             entries = _write_weights(folder / "weights.bin", segment.weights)
         except OSError as error:
             raise BuildError(
-                f"The files for the builder cannot be written to {folder}: {error}. Make room, or set $TMPDIR."
+                f"The files for the builder cannot be written to {folder}: {error}. Make room, or set $TMPDIR.",
+                graph_at_fault=False,
             ) from error
         job = trt_build.Job(
             flavour=flavour.name,
@@ -150,6 +197,7 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
             workspace_bytes=options.workspace_bytes,
             compute_capabilities=list(options.compute_capabilities),
             gpu_present=torch.cuda.is_available(),
+            plugins=bool(hosted_plugins(segment)),
         )
         (folder / "job.json").write_text(json.dumps(vars(job)))
         yield folder
@@ -196,10 +244,15 @@ def _run(
 ) -> trt_build.Outcome:
     report = progress or (lambda phase, fraction: None)
     if not options.isolate:
+        if hosted_plugins(segment):
+            flavour.module()
+            require_library(flavour)
         with tf32_environment(flavour, options.tf32):
             return trt_build.run_job(folder, report)
     with tf32_environment(flavour, options.tf32, in_this_process=False):
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path or "." for path in sys.path))
+    if hosted_plugins(segment):
+        environment |= library_environment(flavour, folder)
     command = [sys.executable, "-m", trt_build.__name__, str(folder)]
     last_phase = "starting"
     with (folder / "stderr").open("wb") as errors:
@@ -228,7 +281,8 @@ def _run(
     words = (folder / "stderr").read_text(errors="replace").strip()[-2000:]
     if timer is not None and timer.finished.is_set() and status == -signal.SIGKILL:
         raise BuildError(
-            f"{segment.name}: building took longer than timeout_s={options.timeout_s} (phase {last_phase!r})."
+            f"{segment.name}: building took longer than timeout_s={options.timeout_s} (phase {last_phase!r}).",
+            graph_at_fault=False,
         )
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
     raise BuildError(
@@ -284,14 +338,35 @@ def _failure(flavour: Flavour, segment: Segment, outcome: trt_build.Outcome) -> 
     text = f"{flavour.title} {outcome.version} cannot build {segment.name}: {outcome.error}."
     if words:
         text += "\n  " + "\n  ".join(words[-8:])
+    for refusal in _suspected(segment, outcome)[:8]:
+        text += f"\n  {refusal.op_type} {refusal.node!r} is from {refusal.origin}"
+    return text
+
+
+def _suspected(segment: Segment, outcome: trt_build.Outcome) -> list[Refusal]:
+    """The nodes that the builder's words are about."""
+    words = [message for message in outcome.messages if not message.startswith("WARNING")] or outcome.messages
     joined = "\n".join(words)
     nodes = segment.proto.graph.node
-    named = [node for node in nodes if node.name and node.name in joined]
+    named = [node for node in nodes if node.name and re.search(rf"(?<![\w.]){re.escape(node.name)}(?![\w.])", joined)]
     # The builder may speak of the kind of a node alone: "Attention operation was not supported".
     named = named or [node for node in nodes if len(node.op_type) > 4 and re.search(rf"\b{node.op_type}\b", joined)]
-    for node in named[:8]:
-        text += f"\n  {node.op_type} {node.name!r} is from {segment.provenance.get(node.output[0], Origin())}"
-    return text
+    shape_input = re.match(r"input '([^']+)' is used as a shape", outcome.error)
+    if shape_input:
+        words, named = [outcome.error], [node for node in nodes if shape_input[1] in node.input]
+    types = _types_by_name(segment)
+    reason = words[-1] if words else outcome.error
+    return [
+        Refusal(
+            node.name,
+            node.op_type,
+            tuple(node.output),
+            reason,
+            tuple(types.get(name, name) for name in node.input if name),
+            segment.provenance.get(next((name for name in node.output if name), ""), Origin()),
+        )
+        for node in named
+    ]
 
 
 def _target(options: BuildOptions) -> str:

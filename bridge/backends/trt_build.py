@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,9 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import TrtBridgeError
+from ...plugins.tensorrt_v3 import PluginHost, describe_failure, plugin_host
 from .flavour import FLAVOURS, Flavour, target_gpus
+from .plugin_library import require_library
 
 if TYPE_CHECKING:
+    import onnx
     import tensorrt as trt
 
 Report = Callable[[str, float], None]
@@ -42,6 +46,7 @@ class Job:
         inputs: (name, [[min, opt, max] of each dimension]) of each input.
         tf32, optimization_level, workspace_bytes, compute_capabilities: as in `BuildOptions`.
         gpu_present: whether a CUDA device can be used.
+        plugins: the graph has plugin nodes.
     """
 
     flavour: str
@@ -53,6 +58,7 @@ class Job:
     workspace_bytes: int | None
     compute_capabilities: list[tuple[int, int]]
     gpu_present: bool
+    plugins: bool = False
 
 
 @dataclass
@@ -84,10 +90,27 @@ def run_job(folder: Path, report: Report) -> Outcome:
     job = Job(**json.loads((folder / "job.json").read_text()))
     outcome = Outcome()
     try:
+        host = _host(FLAVOURS[job.flavour]) if job.plugins else None
         _run(job, folder, report, outcome)
+        failure = host.take_failure() if host is not None else None
     except TrtBridgeError as error:
         outcome.error = str(error)
+        return outcome
+    if failure is not None:
+        # The library's own words ("could not create the plugin") only follow from it.
+        outcome.refusals = []
+        outcome.error = f"a plugin failed while building: {describe_failure(failure)}"
+        (folder / "engine.plan").unlink(missing_ok=True)
     return outcome
+
+
+def _host(flavour: Flavour) -> PluginHost:
+    """Make this process ready to import plugin nodes."""
+    flavour.module()
+    require_library(flavour)
+    host = plugin_host(flavour.module)
+    host.take_failure()  # one from before, in a process that goes on
+    return host
 
 
 def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
@@ -103,17 +126,21 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
     weights = np.memmap(folder / "weights.bin", np.uint8, "r") if job.weights else np.empty(0, np.uint8)
     model = (folder / "model.onnx").read_bytes()
     report("Parsing", 0.0)
-    network, _parser, refusals = _parse(flavour, builder, logger, model, job, weights.ctypes.data)
+
+    def parse(candidate: bytes) -> tuple[trt.INetworkDefinition | None, trt.OnnxParser, list[dict[str, Any]]]:
+        return _parse(flavour, builder, logger, candidate, job, weights.ctypes.data)
+
+    network, _parser, refusals = parse(model)
     if network is None:
-        outcome.refusals = refusals
+        outcome.refusals = named = find_unnamed(model, refusals, lambda part: bool(parse(part)[2]))
         outcome.error = "the parser refuses the graph"
         # The parser may stop at the first node that it cannot import: without that node it shows the next.
-        while refusals and len(outcome.refusals) < _MOST_REFUSALS:
-            model = without_nodes(model, {refusal["name"] for refusal in refusals})
-            _, _parser, refusals = _parse(flavour, builder, logger, model, job, weights.ctypes.data)
+        while named and len(outcome.refusals) < _MOST_REFUSALS:
+            model = without_nodes(model, {refusal["name"] for refusal in named})
+            named = find_unnamed(model, parse(model)[2], lambda part: bool(parse(part)[2]))
             known = {refusal["name"] for refusal in outcome.refusals}
-            refusals = [refusal for refusal in refusals if refusal["name"] not in known]
-            outcome.refusals += refusals
+            named = [refusal for refusal in named if refusal["name"] not in known]
+            outcome.refusals += named
         return
     if job.parse_only:
         return
@@ -172,6 +199,57 @@ def _parse(
             }
         )
     return None, parser, refusals
+
+
+def find_unnamed(
+    model: bytes, refusals: list[dict[str, Any]], refused: Callable[[bytes], bool]
+) -> list[dict[str, Any]]:
+    """Refusals with the nodes that they are about, where the parser tells only its function or an initializer.
+
+    Args:
+        model: that was refused.
+        refusals: what the parser said.
+        refused: whether the parser refuses a model.
+    """
+    if all(refusal["name"] for refusal in refusals):
+        return refusals
+    import onnx  # here alone: a build that succeeds does without
+
+    proto = onnx.ModelProto.FromString(model)
+    found: list[dict[str, Any]] = []
+    for refusal in refusals:
+        if refusal["name"]:
+            found.append(refusal)
+            continue
+        words = refusal["reason"]
+        initializer = re.search(r"import initializer: (\S+) \[", words)
+        importer = re.search(r"import(\w+)\]$", words)
+        if initializer:
+            nodes = [node for node in proto.graph.node if initializer[1] in node.input]
+        elif importer:
+            nodes = [node for node in proto.graph.node if node.op_type == importer[1]]
+            if len(nodes) > 1:
+                nodes = [node for node in nodes if refused(_alone(proto, node))] or nodes
+        else:
+            nodes = []
+        found += [{**refusal, "name": node.name, "op": node.op_type} for node in nodes] or [refusal]
+    return found
+
+
+def _alone(model: onnx.ModelProto, node: onnx.NodeProto) -> bytes:
+    """A model of one node; what it reads are inputs or initializers."""
+    import onnx
+
+    proto = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    graph = proto.graph
+    graph.name = "alone"
+    graph.node.append(node)
+    graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in node.input)
+    constants = {tensor.name for tensor in graph.initializer}
+    types = {v.name: v for v in [*model.graph.input, *model.graph.value_info, *model.graph.output]}
+    graph.input.extend(types[name] for name in node.input if name in types and name not in constants)
+    graph.output.extend(types.get(name, onnx.ValueInfoProto(name=name)) for name in node.output if name)
+    return bytes(proto.SerializeToString())
 
 
 def without_nodes(model: bytes, names: set[str]) -> bytes:

@@ -7,15 +7,18 @@ import queue
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from ...errors import BackendError, ExecutionError
+from ...errors import BackendError, ExecutionError, TrtBridgeError
+from ...plugins.tensorrt_v3 import PluginHost, plugin_host
 from ..cache import JitCacheFile
 from ..dtypes import to_torch
 from .base import Engine
 from .flavour import Flavour, JitCache, tf32_environment
+from .plugin_nodes import require_ops
+from .trt_outputs import SizedByData
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -38,12 +41,16 @@ class TensorRtExecutable:
         self._inputs = tuple((spec.name, to_torch(spec.dtype)) for spec in engine.inputs)
         self._outputs = tuple((spec.name, to_torch(spec.dtype)) for spec in engine.outputs)
         self._tf32 = bool(engine.info.get("tf32"))
+        plugins = engine.info.get("plugins", [])
+        require_ops(plugins)
+        self._host = plugin_host(flavour.module) if plugins else None
         plan = engine.parts[ENGINE_PART]
         with torch.cuda.device(self.device), tf32_environment(flavour, self._tf32):
             torch.cuda.current_stream()  # makes torch's context the current one
             self._logger = trt.Logger(trt.ILogger.ERROR)
             self._runtime = trt.Runtime(self._logger)
             loaded = self._runtime.deserialize_cuda_engine(plan)
+            _raise_failure(self._host)
             if loaded is None:
                 raise BackendError(
                     f"{flavour.title} {trt.__version__} cannot load this engine on "
@@ -100,7 +107,7 @@ class TensorRtExecutable:
                 f"{self._flavour.title} could not make an execution context on {self.device}: it needs "
                 f"{self._engine.device_memory_size_v2 >> 20} MiB of device memory."
             )
-        return _Context(made, self._inputs, self._outputs, self.device)
+        return _Context(self._flavour, made, self._inputs, self._outputs, self.device, self._host)
 
 
 class _Context:
@@ -108,19 +115,24 @@ class _Context:
 
     def __init__(
         self,
+        flavour: Flavour,
         context: trt.IExecutionContext,
         inputs: Sequence[tuple[str, torch.dtype]],
         outputs: Sequence[tuple[str, torch.dtype]],
         device: torch.device,
+        host: PluginHost | None,
     ) -> None:
+        self._flavour = flavour
         self._context = context
+        self._host = host
         self._inputs = inputs
         self._outputs = outputs
         self._device = device
         self._done = torch.cuda.Event()
         self._stream: torch.cuda.Stream | None = None
         self._shapes: tuple[torch.Size, ...] = ()
-        self._output_shapes: list[tuple[int, ...]] = []
+        self._output_shapes: list[tuple[int, ...] | None] = []  # None where the size depends on data
+        self._sized: SizedByData | None = None
 
     def run(self, inputs: Sequence[torch.Tensor], capturing: bool = False) -> list[torch.Tensor]:
         stream = torch.cuda.current_stream(self._device)
@@ -132,20 +144,51 @@ class _Context:
         if shapes != self._shapes:
             self._set_shapes(shapes)
         outputs = [
-            torch.empty(shape, dtype=dtype, device=self._device)
+            None if shape is None else torch.empty(shape, dtype=dtype, device=self._device)
             for shape, (_, dtype) in zip(self._output_shapes, self._outputs, strict=True)
         ]
+        if self._sized is not None:
+            self._check_sized(capturing)
         for tensor, (name, _) in zip([*tensors, *outputs], [*self._inputs, *self._outputs], strict=True):
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        if not self._context.execute_async_v3(stream.cuda_stream):
-            raise ExecutionError(
-                f"TensorRT failed to run the engine on inputs of shapes {[tuple(shape) for shape in shapes]}; "
-                "its own words are on standard error."
-            )
+            if tensor is not None:
+                self._context.set_tensor_address(name, tensor.data_ptr())
+        done = self._context.execute_async_v3(stream.cuda_stream)
         if not capturing:
             self._done.record(stream)
             self._stream = stream
-        return outputs
+        if not done:
+            self._fail(shapes)
+        return [
+            self._take(name) if tensor is None else tensor
+            for tensor, (name, _) in zip(outputs, self._outputs, strict=True)
+        ]
+
+    def _fail(self, shapes: tuple[torch.Size, ...]) -> NoReturn:
+        self._shapes = ()
+        _raise_failure(self._host)
+        if self._sized is not None and self._sized.failure is not None:
+            raise self._sized.failure
+        raise ExecutionError(
+            f"TensorRT failed to run the engine on inputs of shapes {[tuple(shape) for shape in shapes]}; "
+            "its own words are on standard error."
+        )
+
+    def _check_sized(self, capturing: bool) -> None:
+        assert self._sized is not None
+        self._sized.clear()
+        if capturing:
+            names = [name for shape, (name, _) in zip(self._output_shapes, self._outputs, strict=True) if shape is None]
+            raise ExecutionError(
+                f"The size of {', '.join(map(repr, names))} depends on data, so that the host waits for it: such an "
+                "engine cannot be captured in a CUDA graph."
+            )
+
+    def _take(self, name: str) -> torch.Tensor:
+        """An output whose size depends on data: TensorRT has waited for it by now."""
+        tensor = self._sized.take(name) if self._sized is not None else None
+        if tensor is None:
+            raise ExecutionError(f"TensorRT ran the engine and gave no shape for its output {name!r}.")
+        return tensor
 
     def _set_shapes(self, shapes: tuple[torch.Size, ...]) -> None:
         self._shapes = ()  # a failure half-way leaves nothing that looks valid
@@ -157,11 +200,29 @@ class _Context:
         missing = self._context.infer_shapes()
         if missing:
             raise ExecutionError(f"The engine cannot infer its shapes; it lacks {list(missing)}.")
-        self._output_shapes = [tuple(self._context.get_tensor_shape(name)) for name, _ in self._outputs]
-        for (name, _), sizes in zip(self._outputs, self._output_shapes, strict=True):
-            if any(size < 0 for size in sizes):
-                raise ExecutionError(f"The size of output {name!r} depends on data, which engines do not return yet.")
+        known = [tuple(self._context.get_tensor_shape(name)) for name, _ in self._outputs]
+        self._output_shapes = [None if any(size < 0 for size in sizes) else sizes for sizes in known]
+        sized = {
+            name: dtype
+            for (name, dtype), shape in zip(self._outputs, self._output_shapes, strict=True)
+            if shape is None
+        }
+        if sized and self._sized is None:  # which ones they are does not change with the shapes
+            self._sized = SizedByData(self._flavour, self._context, sized, self._device)
         self._shapes = shapes
+
+
+def _raise_failure(host: PluginHost | None) -> None:
+    """Raise what a plugin raised while TensorRT called it: TensorRT itself only says that something failed."""
+    failure = host.take_failure() if host is not None else None
+    if failure is None:
+        return
+    if isinstance(failure, TrtBridgeError) or not isinstance(failure, Exception):
+        raise failure
+    raise ExecutionError(
+        f"A plugin inside the engine failed: {type(failure).__name__}: {failure}. Above is where; convert with "
+        'plugin_host="segments" to run it outside the engine.'
+    ) from failure
 
 
 def capture_id(stream: int) -> int:

@@ -205,7 +205,7 @@ def test_options(options: dict[str, Any], words: list[str]) -> None:
 @pytest.mark.rtx
 def test_unknown_compute_capability_is_found_before_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr("trtbridge.bridge.convert.export", lambda *_, **__: pytest.fail("exported first"))
+    monkeypatch.setattr("trtbridge.bridge.convert.trace", lambda *_, **__: pytest.fail("exported first"))
     with pytest.raises(tb.OptionError, match=r"cannot build for 5.0; it knows 7.5"):
         tb.convert(Model(), (X, Y), backend="tensorrt_rtx", compute_capabilities=((5, 0),))
 
@@ -266,7 +266,7 @@ def test_all_refused_nodes_are_named_with_their_lines() -> None:
 
     args = (torch.ones(1, 12, 9), torch.arange(3))
     with pytest.raises(tb.UnsupportedOpError) as caught:
-        tb.convert(Refused(), args, backend="tensorrt_rtx")
+        tb.convert(Refused(), args, backend="tensorrt_rtx", fallback=False)
     text = str(caught.value)
     for word in (
         "2 nodes",
@@ -279,7 +279,7 @@ def test_all_refused_nodes_are_named_with_their_lines() -> None:
     ):
         assert word in text
     assert text.count("\n  1. ") == text.count("\n  2. ") == 1
-    explanation = tb.explain(Refused(), args, backend="tensorrt_rtx")
+    explanation = tb.explain(Refused(), args, backend="tensorrt_rtx", fallback=False)
     assert not explanation.converts
     assert "Col2Im" in str(explanation)
 
@@ -294,7 +294,7 @@ def test_refusals_behind_the_first_are_found_too() -> None:
             found = torch.nonzero(x)
             return found.float().tanh(), torch.nonzero(found)
 
-    (refusals,) = tb.explain(Refused(), (torch.ones(3, 3),), backend="tensorrt_rtx").refusals.values()
+    (refusals,) = tb.explain(Refused(), (torch.ones(3, 3),), backend="tensorrt_rtx", fallback=False).refusals.values()
     assert [refusal.op_type for refusal in refusals] == ["NonZero", "NonZero"]
     assert [refusal.origin.code for refusal in refusals] == [
         "found = torch.nonzero(x)",
@@ -327,7 +327,9 @@ def test_attention_that_crashes_the_builder(tmp_path: Path) -> None:
     model = onnx.parser.parse_model(f'<ir_version: 11, opset_import: ["" : 23]> {graph}')
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(tb.BuildError, match=r"(?s)took its process down.*same tensor as query, key or value"):
-        tb.convert(tmp_path / "model.onnx", backend="tensorrt_rtx")
+        tb.convert(tmp_path / "model.onnx", backend="tensorrt_rtx", fallback=False)
+    (call,) = tb.convert(tmp_path / "model.onnx", backend="tensorrt_rtx").program.plugin_calls
+    assert "refuses Attention" in call.reason
 
 
 @pytest.mark.rtx
@@ -341,7 +343,10 @@ def test_builder_that_refuses_names_the_lines() -> None:
 
     args = (torch.ones(1, 2, 16, 64), torch.ones(1, 2, 16, 64))
     with pytest.raises(tb.BuildError, match=r"(?s)cannot build segment0.*Attention .*is from .*scaled_dot_product"):
-        tb.convert(Attend(), args, backend="tensorrt_rtx", opset=23)
+        tb.convert(Attend(), args, backend="tensorrt_rtx", opset=23, fallback=False)
+    (call,) = tb.convert(Attend(), args, backend="tensorrt_rtx", opset=23).program.plugin_calls
+    assert call.op == "aten::scaled_dot_product_attention.default"
+    assert "Attention" in call.reason
     assert tb.convert(Attend(), args, backend="tensorrt_rtx").program.engines
 
 

@@ -188,7 +188,8 @@ class TestConvert:
         assert "Net on onnxruntime" in result.stdout
         assert "batch in [1, 8], tuned for 4" in result.stdout
         assert re.search(r"wrote net\.trtb \(\d+\.\d KiB\)", result.stdout)
-        assert re.findall(r"^\w+", result.stderr, re.M) == ["load", "export", "passes", "partition", "build", "save"]
+        stages = ["load", "trace", "export", "passes", "partition", "verify", "build", "save"]
+        assert re.findall(r"^\w+", result.stderr, re.M) == stages
         assert "\x1b" not in result.output
 
         x = torch.randn(3, 6)
@@ -279,8 +280,8 @@ class TestConvert:
         import logging
 
         result = convert("models.py:net", "-v")
-        assert "INFO trtbridge.bridge.convert: export took" in result.stderr
-        assert re.search(r"DEBUG trtbridge.bridge.convert: \w+: \d+ rewrites", result.stderr)
+        assert "INFO trtbridge.bridge.stages: export took" in result.stderr
+        assert re.search(r"(DEBUG|INFO) trtbridge.passes: \w+: \d+ rewrites", result.stderr)
         logger = logging.getLogger("trtbridge")
         assert (logger.handlers, logger.level, logger.propagate) == ([], logging.NOTSET, True)
         assert "INFO" not in convert("models.py:net", "-o", "quiet.trtb").stderr
@@ -403,7 +404,9 @@ class TestExplain:
         assert "plugin aten::cummax.default between segments" in result.stdout
         assert "torch.cummax(x * 2, 1)" in result.stdout
         assert result.stdout.rstrip().endswith("converts")
-        assert re.findall(r"^\w+", result.stderr, re.M) == ["load", "export", "passes", "partition"]
+        assert re.findall(r"^\w+", result.stderr, re.M) == [
+            *("load", "trace", "export", "passes", "partition", "verify", "parse")
+        ]
 
     def test_status_1_where_it_does_not_convert(self) -> None:
         graph = (

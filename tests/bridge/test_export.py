@@ -106,7 +106,7 @@ def test_plugin_nodes_carry_the_call() -> None:
     # At the level at which they were called: hypot and bessel_j0, not the prims that they decompose to.
     assert [node.op_type for node in plugins] == ["aten_cummax", "aten_hypot", "aten_special_bessel_j0"]
     calls = {a.name: a.s.decode() for a in plugins[0].attribute}
-    assert calls == {"op": "aten::cummax.default", "call": '{"args":[{"tensor":0},-1],"kwargs":{}}'}
+    assert calls == {"op": "aten::cummax.default", "call": '{"args":[{"tensor":0},-1],"kwargs":{},"outputs":2}'}
     types = {v.name: v.type.tensor_type.elem_type for v in [*model.proto.graph.value_info, *model.proto.graph.output]}
     assert [types[name] for name in plugins[0].output] == [ir.DataType.FLOAT, ir.DataType.INT64]
 

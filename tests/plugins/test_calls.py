@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trtbridge.errors import PluginError
-from trtbridge.plugins.calls import decode, encode
+from trtbridge.plugins.calls import decode, encode, encode_tensors, reads_numbers
 from trtbridge.plugins.registry import call_op, find_op, node_type, op_name
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ X = torch.tensor([[3.0, -1.0], [2.0, 5.0]])
     ],
 )
 def test_calls_give_what_the_op_gives(op: Any, args: Any, kwargs: Any) -> None:
-    tensors, template = encode(op, args, kwargs, lambda value: isinstance(value, torch.Tensor))
+    tensors, template = encode_tensors(args, kwargs)
     results = call_op(find_op(op_name(op)), template, tensors, X.device)
     expected = op(*args, **kwargs)
     expected = list(expected) if isinstance(expected, (tuple, list)) else [expected]
@@ -43,19 +43,44 @@ def test_calls_give_what_the_op_gives(op: Any, args: Any, kwargs: Any) -> None:
 
 
 def test_numbers_that_come_as_tensors() -> None:
-    tensors, template = encode(
-        aten.roll.default, (X, [torch.tensor(1)], [0]), {}, lambda v: isinstance(v, torch.Tensor)
-    )
-    assert len(tensors) == 2
-    args, kwargs = decode(template, tensors, X.device)
+    template = '{"args":[{"tensor":0},[{"int":1}],[0]],"kwargs":{}}'
+    assert reads_numbers(template)
+    args, kwargs = decode(template, [X, torch.tensor(1)], X.device)
     assert args[1:] == [[1], [0]]
     assert kwargs == {}
 
 
+def test_sizes_come_from_shapes() -> None:
+    template = encode((3,), {}, lambda value: {"sym": "2*s0 + s1//2"}, symbols={"s0": (0, 1), "s1": (0, 0)})
+    assert not reads_numbers(template)
+    assert decode(template, [torch.zeros(6, 5)], X.device)[0] == [13]
+
+
+def test_complex_tensors_travel_as_pairs() -> None:
+    z = torch.view_as_complex(torch.randn(3, 4, 2))
+    tensors, template = encode_tensors((z,), {"n": 5})
+    assert tensors[0].shape == (3, 4, 2)
+    (result,) = call_op(torch.ops.aten.fft_fft.default, template, tensors, X.device)
+    assert torch.equal(torch.view_as_complex(result), torch.fft.fft(z, n=5))
+    tensors, template = encode_tensors((z.conj(), 1 + 2j), {})
+    (result,) = call_op(aten.mul.Scalar, template, tensors, X.device)
+    assert torch.equal(torch.view_as_complex(result), z.conj() * (1 + 2j))
+
+
+def test_results_are_flat() -> None:
+    tensors, template = encode_tensors((X, [1, 1], 0), {})
+    results = call_op(aten.split_with_sizes.default, template, tensors, X.device)
+    assert [tuple(r.shape) for r in results] == [(1, 2), (1, 2)]
+    _, template = encode_tensors((X,), {})
+    (number,) = call_op(aten.numel.default, template, [X], X.device)
+    assert number.item() == 4
+    assert number.dtype == torch.int64
+
+
 def test_names() -> None:
     assert op_name(aten.add.Tensor) == "aten::add.Tensor"
-    assert node_type(aten.add.Tensor) == "aten_add_Tensor"
-    assert node_type(aten.cummax.default) == "aten_cummax"
+    assert node_type("aten::add.Tensor") == "aten_add_Tensor"
+    assert node_type("aten::cummax.default") == "aten_cummax"
     assert find_op("aten::add.Tensor") is aten.add.Tensor
 
 
@@ -66,5 +91,10 @@ def test_missing_ops_are_named(name: str) -> None:
 
 
 def test_arguments_without_a_json_form() -> None:
-    with pytest.raises(PluginError, match="cannot be stored"):
-        encode(aten.add.Tensor, (X, X), {"alpha": object()}, lambda value: isinstance(value, torch.Tensor))
+    with pytest.raises(PluginError, match=r"of type object .* cannot be stored"):
+        encode_tensors((X, X), {"alpha": object()})
+
+
+def test_unknown_tags_are_named() -> None:
+    with pytest.raises(PluginError, match="unknown tag 'quaternion'"):
+        decode('{"args":[{"quaternion":0}],"kwargs":{}}', [X], X.device)

@@ -1,0 +1,92 @@
+"""Empty inputs: TensorRT does not run on them, and sizes that depend on data may be 0.
+
+An engine whose inputs can be empty gets around it: results that are empty whenever an input is need no computing; for
+others (a sum over nothing) the engine carries the segment's ONNX graph too, which ONNX Runtime runs on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import ExecutionError
+from ...plugins.sizes import names_in
+from ..dims import evaluate_shape
+from ..dtypes import to_torch
+from ..model import TensorSpec
+from .base import BuildOptions, Engine, Executable, Segment
+from .onnxruntime import OnnxRuntimeBackend
+
+_PREFIX = "empty."
+
+
+def can_be_empty(inputs: Sequence[TensorSpec]) -> bool:
+    """Whether some input may have no elements."""
+    return any(bounds is not None and bounds[0] == 0 for spec in inputs for bounds in spec.ranges)
+
+
+def empty_parts(segment: Segment) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """Parts and info that an engine needs beside its plan to take empty inputs; none for most."""
+    if not can_be_empty(segment.inputs) or segment.hosted:
+        return {}, None
+    names = [
+        name
+        for spec in segment.inputs
+        for size, bounds in zip(spec.shape, spec.ranges, strict=True)
+        if isinstance(size, str) and bounds is not None and bounds[0] == 0
+        for name in names_in(size)
+    ]
+    static = any(size == 0 for spec in segment.inputs for size in spec.shape)
+    # With one size that may be 0 it is enough to see that every result has it as a size.
+    if len(set(names)) == 1 and not static and all(names[0] in map(str, spec.shape) for spec in segment.outputs):
+        return {}, None
+    engine = OnnxRuntimeBackend().build(segment, BuildOptions())
+    return {_PREFIX + name: part for name, part in engine.parts.items()}, engine.info
+
+
+class EmptySafe:
+    """An executable that takes empty inputs too; an `Executable`.
+
+    Args:
+        engine: with what `empty_parts` added.
+        executable: runs it on inputs that are not empty.
+    """
+
+    def __init__(self, engine: Engine, executable: Executable) -> None:
+        self.device = executable.device
+        self._engine = engine
+        self._executable = executable
+        self._fallback: Executable | None = None
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if all(tensor.numel() for tensor in inputs):
+            return self._executable(inputs)
+        sizes = {
+            size: tensor.shape[axis]
+            for spec, tensor in zip(self._engine.inputs, inputs, strict=True)
+            for axis, size in enumerate(spec.shape)
+            if isinstance(size, str) and size.isidentifier()
+        }
+        shapes = [evaluate_shape(spec.shape, sizes) for spec in self._engine.outputs]
+        if all(shape is not None and 0 in shape for shape in shapes):
+            return [
+                torch.empty(shape or (), dtype=to_torch(spec.dtype), device=self.device)
+                for shape, spec in zip(shapes, self._engine.outputs, strict=True)
+            ]
+        if self._fallback is None:
+            self._fallback = self._load_fallback(inputs)
+        return [result.to(self.device) for result in self._fallback([tensor.cpu() for tensor in inputs])]
+
+    def _load_fallback(self, inputs: Sequence[torch.Tensor]) -> Executable:
+        parts = {n.removeprefix(_PREFIX): p for n, p in self._engine.parts.items() if n.startswith(_PREFIX)}
+        if not parts:
+            shapes = [tuple(tensor.shape) for tensor in inputs]
+            raise ExecutionError(
+                f"TensorRT does not run on empty tensors, and this engine holds plugins; its inputs are {shapes}. "
+                'Convert with plugin_host="segments".'
+            )
+        info = self._engine.info["empty"]
+        engine = Engine("onnxruntime", parts, info, self._engine.inputs, self._engine.outputs)
+        return OnnxRuntimeBackend().load(engine, torch.device("cpu"))

@@ -1,0 +1,255 @@
+"""Plans of one model, with more and more of it as plugins until the backend takes the rest.
+
+The judges are the exporter, ONNX Runtime, the backend's parser and its builder: what one of them refuses, or gets
+wrong, is traced to the call of a torch op, and the model is translated again with that call as a plugin. What has
+no torch op behind it (an .onnx file's nodes) becomes a plugin that runs the node itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx
+
+from ..errors import BuildError, PassError, PluginError, TrtBridgeError, UnsupportedOpError
+from ..nodes import wrong_in_onnxruntime
+from ..passes.graft_nodes import graft
+from ..passes.pipeline import PassReport
+from ..plugins.host_spec import HOST_OP_TYPE
+from .backends import get_backend
+from .backends.base import Backend, BuildOptions, Refusal
+from .bounds import with_bounds
+from .build import build_plan
+from .export import ExportedModule
+from .halving import find_culprit
+from .model import OnnxModel, iterate_nodes
+from .options import Options
+from .partition import partition
+from .plan import Plan
+from .program import Program
+from .stages import Stages
+from .verify import find_wrong_calls
+
+logger = logging.getLogger(__name__)
+
+_KNOWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
+
+_MOST_ROUNDS = 40
+"""Each round makes at least one more plugin; a model that needs more is beyond help."""
+
+
+@dataclass
+class Planner:
+    """Makes plans of a model for a backend, and learns from what is refused.
+
+    Attributes:
+        source: a traced module, or the model of an .onnx file.
+        backend: what judges and builds.
+        options: of the conversion.
+        stages: where seconds are noted.
+        calls: calls of the traced module that are plugins, each with the reason.
+        nodes: ONNX nodes that are plugins, each with the reason.
+        outside: plugin nodes that an engine failed over, which run between engines.
+        passes: what the passes did last.
+    """
+
+    source: ExportedModule | OnnxModel
+    backend: Backend
+    options: Options
+    stages: Stages
+    calls: dict[str, str] = field(default_factory=dict)
+    nodes: dict[str, str] = field(default_factory=dict)
+    outside: set[str] = field(default_factory=set)
+    passes: Sequence[PassReport] = ()
+    _opset: int | None = None
+    _nodes: Sequence[onnx.NodeProto] = ()
+    _checked: frozenset[str] | None = None
+    _fixed: set[str] = field(default_factory=set)  # calls that cannot be plugins
+
+    @property
+    def opset(self) -> int | None:
+        """The ONNX opset of the default domain in the last model."""
+        return self._opset
+
+    def plan(self) -> Plan:
+        """A plan whose export has been checked; the backend has not been asked yet."""
+        rounds = 0
+        while True:
+            rounds += 1
+            try:
+                model = self._model()
+            except PassError as error:
+                if self._add_calls(self._invalid_calls()):
+                    continue  # the passes failed over a graph that the exporter made wrong
+                raise error
+            with self.stages.stage("partition"):
+                plan = partition(model, None if self.options.plugin_host == "segments" else self.backend, self.outside)
+                if self.options.plugin_host == "engine":
+                    _require_inside(plan, self.backend.name)
+            wrong = self._wrong_calls(model)
+            if rounds == _MOST_ROUNDS or not self._add_calls(wrong):
+                return plan
+
+    def settled_plan(self) -> tuple[Plan, Mapping[str, Sequence[Refusal]]]:
+        """A plan that the backend's parser takes, or the last one with what it still refuses, by segment."""
+        rounds = 0
+        while True:
+            rounds += 1
+            plan = self.plan()
+            with self.stages.stage("parse"):
+                refusals = {segment.name: self.backend.check(segment, self.options.build) for segment in plan.segments}
+            found = [refusal for each in refusals.values() for refusal in each]
+            if not found or rounds == _MOST_ROUNDS or not self.learn(found):
+                return plan, refusals
+
+    def build(self) -> Program:
+        """Build the model, whatever has to be a plugin for that.
+
+        Raises:
+            UnsupportedOpError: the parser refuses nodes that cannot be plugins.
+            BuildError: the builder fails, and nothing that could be a plugin is to blame.
+        """
+        for round_ in range(_MOST_ROUNDS):
+            plan = self.plan()
+            # With several segments the parser is asked for all refusals first: what is built before one is lost.
+            if len(plan.segments) > 1:
+                plan, _ = self.settled_plan()
+            try:
+                with self.stages.stage("build"):
+                    return build_plan(plan, self.backend, self.options.build, self.options.progress)
+            except UnsupportedOpError as error:
+                if not self.options.fallback or not self.learn(error.refusals):
+                    raise
+            except BuildError as error:
+                if not self.options.fallback or not error.graph_at_fault or round_ == _MOST_ROUNDS - 1:
+                    raise
+                logger.info("%s", error)
+                inside = {call.name for call in plan.hosted_calls}
+                if self.learn(error.refusals):
+                    continue
+                if inside - self.outside and self.options.plugin_host == "auto":
+                    self.outside |= inside  # a plugin that fails while the engine is built still runs between engines
+                elif not self.learn(self._culprit(plan, error)):
+                    raise
+        raise BuildError(
+            f"{self.backend.name} refuses another part of the model in each of {_MOST_ROUNDS} rounds; the last were "
+            f"{', '.join(list(self.calls or self.nodes)[-5:])}."
+        )
+
+    def learn(self, refusals: Sequence[Refusal]) -> bool:
+        """Make plugins of what was refused; False where nothing of it can be one."""
+        if not self.options.fallback:
+            return False
+        title = self.backend.name
+        calls: dict[str, str] = {}
+        nodes: dict[str, str] = {}
+        hosted = {refusal.node for refusal in refusals if refusal.op_type == HOST_OP_TYPE}
+        if hosted - self.outside:
+            self.outside |= hosted
+            return True
+        for refusal in refusals:
+            words = refusal.reason.strip()
+            reason = f"{title} refuses {refusal.op_type}: {words}" if words else f"{title} refuses {refusal.op_type}"
+            call = refusal.origin.call
+            if call and call not in self.calls and call not in self._fixed:
+                calls.setdefault(call, reason)
+            elif refusal.node and self._can_run_alone(refusal.node):
+                nodes[refusal.node] = reason
+        if self._add_calls(calls):
+            return True
+        new = {name: reason for name, reason in nodes.items() if name not in self.nodes}
+        for name, reason in new.items():
+            logger.info("node %s becomes a plugin: %s", name, reason)
+        self.nodes |= new
+        return bool(new)
+
+    def _can_run_alone(self, name: str) -> bool:
+        """Whether ONNX or ONNX Runtime know the op of a node."""
+        node = next((node for node in self._nodes if node.name == name), None)
+        return node is not None and node.domain in _KNOWN_DOMAINS
+
+    def _add_calls(self, calls: Mapping[str, str]) -> bool:
+        assert isinstance(self.source, ExportedModule) or not calls
+        added = False
+        for call, reason in calls.items():
+            if call in self.calls or call in self._fixed:
+                continue
+            problem = self.source.plugin_problem(call)  # type: ignore[union-attr]
+            if problem:
+                logger.warning("%s should be a plugin, for %s; it cannot: %s", call, reason, problem)
+                self._fixed.add(call)
+                continue
+            logger.info("%s becomes a plugin: %s", call, reason)
+            self.calls[call] = reason
+            added = True
+        return added
+
+    def _model(self) -> OnnxModel:
+        if isinstance(self.source, OnnxModel):
+            model = self.source
+        else:
+            with self.stages.stage("export"):
+                model, self.calls = self.source.to_onnx(self.calls)
+        with self.stages.stage("passes"):
+            result = self.options.passes.run(model.proto, model.weights)
+            self.passes = tuple(result.report.passes)
+            model = dataclasses.replace(model, proto=result.proto, weights=result.weights)
+            logger.debug("%s", result.report)
+            if self.backend.name == "onnxruntime" and isinstance(self.source, OnnxModel):
+                # Known mistakes of ONNX Runtime, which it does not report; for a module the check of the export finds
+                # them.
+                self.nodes |= {n.name: why for n in model.proto.graph.node if (why := wrong_in_onnxruntime(n))}
+            if self.nodes:
+                try:
+                    model = dataclasses.replace(model, proto=graft(model.proto, self.nodes))
+                except PassError as error:
+                    raise UnsupportedOpError(f"{error} Refused were: {self.nodes}") from error
+            self._nodes = [*iterate_nodes(model.proto.graph)]
+            self._opset = next((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), None)
+            return with_bounds(model, self.options)
+
+    def _invalid_calls(self) -> dict[str, str]:
+        """Calls whose translation is no valid ONNX, in ONNX Runtime's words."""
+        if isinstance(self.source, OnnxModel):
+            return {}
+        model, self.calls = self.source.to_onnx(self.calls)
+        runtime = get_backend("onnxruntime")
+        found = {}
+        for segment in partition(model).segments:
+            for refusal in runtime.check(segment, BuildOptions()):
+                if refusal.origin.call:
+                    found[refusal.origin.call] = f"its ONNX translation is invalid: {refusal.reason.strip()[:300]}"
+        return found
+
+    def _wrong_calls(self, model: OnnxModel) -> dict[str, str]:
+        """Calls whose translation is wrong; asked again only when the translation has changed."""
+        state = frozenset((*self.calls, *self.nodes))
+        if isinstance(self.source, OnnxModel) or not self.options.check_export or state == self._checked:
+            return {}
+        self._checked = state
+        with self.stages.stage("verify"):
+            return find_wrong_calls(self.source, model, partition(model))
+
+    def _culprit(self, plan: Plan, error: BuildError) -> Sequence[Refusal]:
+        segment = next((s for s in plan.segments if s.name == error.segment), None)
+        if segment is None:
+            return []
+        with self.stages.stage("halve"):
+            try:
+                return find_culprit(segment, self.backend, self.options.build)
+            except (TrtBridgeError, PluginError) as inner:
+                logger.info("halving %s fails: %s", segment.name, inner)
+                return []
+
+
+def _require_inside(plan: Plan, backend: str) -> None:
+    outside = plan.plugin_calls
+    if outside:
+        lines = "\n".join(f"  {call.op} from {call.origin}: {call.host_refusal}" for call in outside)
+        raise UnsupportedOpError(
+            f'plugin_host="engine", but {backend} cannot hold {len(outside)} plugin(s) inside an engine:\n{lines}\n'
+            'Use plugin_host="auto" to run these between engines.'
+        )

@@ -1,0 +1,112 @@
+"""Sizes that depend on data: right shapes, bounds for the engines behind them, and errors where a bound is exceeded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import trtbridge as tb
+
+
+class Select(torch.nn.Module):
+    """Data-dependent sizes in the middle and at the end."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        chosen = x[x.sum(1) > 0]
+        return {
+            "rows": chosen.relu() @ torch.ones(6, 2),
+            "where": torch.nonzero(x > 1),
+            "unique": torch.unique(x.round()),
+        }
+
+
+DYNAMIC = {"x": {0: tb.Dim("n", min=1, opt=4, max=8)}}
+
+
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_sizes_come_from_the_data(n: int, assert_same: Callable[..., None]) -> None:
+    fast = tb.convert(Select(), (torch.randn(4, 6),), dynamic_shapes=DYNAMIC, backend="onnxruntime")
+    for shift in (0.0, -10.0, 10.0):  # some, none, all
+        x = torch.randn(n, 6) + shift
+        assert_same(fast(x), Select()(x))
+
+
+@pytest.mark.rtx
+def test_known_bounds_are_the_ranges_of_the_engines_behind() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    fast = tb.convert(
+        Select(), (torch.randn(4, 6),), dynamic_shapes=DYNAMIC, backend="tensorrt_rtx", plugin_host="segments"
+    )
+    behind = [
+        spec
+        for engine in fast.program.engines
+        for spec in engine.inputs
+        if any(str(s).startswith("u") for s in spec.shape)
+    ]
+    assert behind
+    assert {spec.ranges[0][2] for spec in behind if spec.ranges[0]} == {8}
+    assert {call.op for call in fast.program.plugin_calls} >= {"aten::index.Tensor", "aten::nonzero.default"}
+
+
+@pytest.mark.rtx
+def test_unknown_bounds_are_asked_for() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    args = (torch.randn(3, 2),)
+    with pytest.raises(tb.DynamicShapeError, match=r"depend on data[\s\S]*max_data_size"):
+        tb.convert(_positives(), args, backend="tensorrt_rtx")
+    for bound in ({"max_data_size": 10}, {"output_shapes": {0: {0: tb.Dim("total", max=10)}}}):
+        built = tb.convert(_positives(), args, backend="tensorrt_rtx", **bound)  # type: ignore[arg-type]
+        (engine,) = built.program.engines
+        assert [spec.ranges for spec in engine.inputs] == [((0, 5, 10),)]
+
+
+def test_an_exceeded_bound_is_named(assert_same: Callable[..., None]) -> None:
+    x = torch.randn(4, 6)
+    shapes: Any = {0: {0: tb.Dim("found", max=5)}}
+    fast = tb.convert(_positives(), (x,), backend="onnxruntime", output_shapes=shapes)
+    assert fast.program.signature.outputs[0].shape == ("found",)
+    few = torch.full((4, 6), -1.0)
+    few[0, :3] = 1.0
+    assert_same(fast(few), _positives()(few))
+    with pytest.raises(tb.ExecutionError, match=r"24 elements in dimension 0.*5 at most.*max_data_size"):
+        fast(few.abs())
+
+
+def _positives() -> torch.nn.Module:
+    class Positive(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.trtbridge_tests.positive(x) * 2
+
+    return Positive()
+
+
+@torch.library.custom_op("trtbridge_tests::positive", mutates_args=())
+def _positive(x: torch.Tensor) -> torch.Tensor:
+    return x[x > 0]
+
+
+@_positive.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"nothing": {0: tb.Dim("m", max=5)}}, "names 'nothing'; the results are"),
+        ({0: {3: tb.Dim("m", max=5)}}, "no dimension 3"),
+        ({1: {1: tb.Dim("m", max=5)}}, "does not depend on data"),
+        ({0: {0: tb.Dim("n", max=5)}}, "is an input's Dim"),
+        ({0: {0: 5}}, "must be a dict such as"),
+    ],
+)
+def test_bad_output_shapes_are_named(shapes: Any, words: str) -> None:
+    class Both(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x[x > 0], x * 2
+
+    with pytest.raises(tb.OptionError, match=words):
+        tb.convert(Both(), (torch.randn(4, 6),), dynamic_shapes=DYNAMIC, backend="onnxruntime", output_shapes=shapes)

@@ -1,0 +1,274 @@
+"""What torch.onnx, ONNX Runtime, the parser or the builder refuse becomes a plugin, that call and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx.parser
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._higher_order_ops.map import map as torch_map
+
+import trtbridge as tb
+from trtbridge.bridge.backends import get_backend
+from trtbridge.bridge.convert import make_planner
+from trtbridge.bridge.options import Options
+
+
+def _module(function: Callable[..., Any]) -> torch.nn.Module:
+    class Model(torch.nn.Module):
+        def forward(self, *args: torch.Tensor) -> Any:
+            return function(*args)
+
+    return Model()
+
+
+def _plugins(module: tb.EngineModule) -> list[str]:
+    return [call.op for call in module.program.plugin_calls]
+
+
+REFUSED_BY_RTX: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], list[str]]] = {
+    "Col2Im": (lambda x: F.fold(F.unfold(x, 3, padding=1) * 2, (6, 6), 3, padding=1), (torch.randn(1, 2, 6, 6),),
+               ["aten::col2im.default"]),
+    "ScatterElements(add), refused without its name": (
+        lambda x, i: torch.zeros(4, 6).scatter_add(0, i, x) + 1,
+        (torch.randn(4, 6), torch.randint(0, 4, (4, 6))),
+        ["aten::scatter_add.default"],
+    ),
+    "boolean index, of unknown length": (lambda x: x[x > 0] * 2 + 1, (torch.randn(4, 6),), ["aten::index.Tensor"]),
+    "boolean index put": (lambda x: torch.where(x > 1, x, 0.0).index_put((x > 0,), torch.tensor(3.0)) * 2,
+                          (torch.randn(4, 6),), ["aten::index_put.default"]),
+    "TopK of more than 3840, refused by the builder": (lambda x: torch.topk(x, 5000)[0] * 2, (torch.randn(6000),),
+                                                       ["aten::topk.default"]),
+}  # fmt: skip
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("case", REFUSED_BY_RTX)
+def test_what_rtx_refuses_becomes_a_plugin(case: str, convert_both: Callable[..., Any]) -> None:
+    function, args, plugins = REFUSED_BY_RTX[case]
+    on_cpu, built = convert_both(_module(function), [(args, {})])
+    assert _plugins(built) == plugins
+    assert _plugins(on_cpu) == []
+    (call,) = built.program.plugin_calls
+    assert call.reason.startswith("tensorrt_rtx refuses ")
+    assert call.origin.file == __file__
+
+
+@pytest.mark.rtx
+def test_only_the_refused_call_becomes_a_plugin(convert_both: Callable[..., Any]) -> None:
+    """Two calls of one op, of which the parser takes one."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(x, 2) + F.max_pool2d(x, 3, stride=2, padding=1, dilation=2).sum()
+
+    _, built = convert_both(_module(function), [((torch.randn(1, 2, 9, 9),), {})])
+    assert _plugins(built) == ["aten::max_pool2d.default"]
+    (engine,) = [
+        e for e in built.program.engines if "MaxPool" in str(e.info["layers"]) or "POOL" in str(e.info["layers"])
+    ]
+    assert "POOLING" in {layer["type"] for layer in engine.info["layers"]}
+
+
+@pytest.mark.rtx
+def test_fallback_can_be_turned_off() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    function, args, _ = REFUSED_BY_RTX["Col2Im"]
+    with pytest.raises(tb.UnsupportedOpError, match=r"Col2Im.*\n.*test_planner\.py"):
+        tb.convert(_module(function), args, backend="tensorrt_rtx", fallback=False)
+
+
+WRONG_EXPORTS: dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...], list[str]]] = {
+    "avg_pool2d ignores divisor_override": (
+        _module(lambda x: F.avg_pool2d(x, 2, divisor_override=3) * 2),
+        (torch.randn(1, 2, 6, 6),),
+        ["aten::avg_pool2d.default"],
+    ),
+    "scatter_reduce drops mean": (
+        _module(lambda x, i: torch.zeros(4, 6).scatter_reduce(0, i, x, "mean") * 2),
+        (torch.randn(4, 6), torch.randint(0, 4, (4, 6))),
+        ["aten::scatter_reduce.two"],
+    ),
+    "istft is no valid ONNX": (
+        _module(lambda x: torch.istft(torch.stft(x, 16, window=torch.ones(16), return_complex=True), 16,
+                                      window=torch.ones(16))),
+        (torch.randn(2, 64),),
+        ["aten::istft.default"],
+    ),
+    "LSTM with projections fails in ONNX Runtime": (
+        torch.nn.LSTM(6, 8, proj_size=4, batch_first=True),
+        (torch.randn(2, 3, 6),),
+        ["aten::lstm.input"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_EXPORTS)
+def test_wrong_exports_are_caught(case: str, assert_same: Callable[..., None]) -> None:
+    model, args, plugins = WRONG_EXPORTS[case]
+    fast = tb.convert(model, args, backend="onnxruntime")
+    assert _plugins(fast) == plugins
+    assert "ONNX translation" in fast.program.plugin_calls[0].reason
+    assert_same(fast(*args), model(*args))
+    with torch.no_grad():
+        changed = tuple(t + 0.25 if t.is_floating_point() else t for t in args)
+        assert_same(fast(*changed), model(*changed), rtol=1e-3, atol=1e-4)
+
+
+def test_an_unchecked_export_is_as_wrong_as_torchs() -> None:
+    """The check is what finds it: without, the number is torch.onnx's own."""
+    model, args, _ = WRONG_EXPORTS["avg_pool2d ignores divisor_override"]
+    fast = tb.convert(model, args, backend="onnxruntime", check_export=False)
+    assert _plugins(fast) == []
+    assert (fast(*args) - model(*args)).abs().max() > 0.1
+
+
+def test_a_check_changes_neither_the_module_nor_the_random_state() -> None:
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            x.mul_(2)
+            return x + self.calls
+
+    model, x = Counting(), torch.randn(3)
+    before, state = x.clone(), torch.get_rng_state()
+    tb.convert(model, (x,), backend="onnxruntime")
+    assert torch.equal(x, before)
+    assert model.calls == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_ops_draw_from_torchs_generator() -> None:
+    model = _module(lambda x: (torch.rand_like(x) + torch.randn(x.shape[0], 3), torch.randperm(5), torch.bernoulli(x)))
+    x = torch.rand(4, 3)
+    fast = tb.convert(model, (x,), dynamic_shapes={"args": ({0: tb.Dim("n", max=9)},)}, backend="onnxruntime")
+    x = torch.rand(7, 3)
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    for mine, wanted in zip(fast(x), expected, strict=True):
+        assert torch.equal(mine, wanted)
+    assert not torch.equal(fast(x)[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("function", "plugin"),
+    [
+        (lambda x: torch.cond(x.sum() > 0, lambda y: torch.cummax(y, 0)[0], lambda y: y - 1, (x,)) * 2, True),
+        (lambda x: torch.cond(x.sum() > 0, lambda y: y * 3, lambda y: y - 1, (x,)) * 2, False),
+        (lambda x: torch_map(lambda row: row.sin() + 1, x) * 2, True),
+    ],
+    ids=["cond over an unknown op", "cond", "map"],
+)
+def test_higher_order_ops(function: Callable[..., Any], plugin: bool, tmp_path: Any) -> None:
+    model = _module(function)
+    x = torch.randn(4, 3)
+    fast = tb.convert(model, (x,), backend="onnxruntime")
+    assert _plugins(fast) == (["trtbridge::run_program.default"] if plugin else [])
+    tb.save(fast, tmp_path / "model.trtb")
+    loaded = tb.load(tmp_path / "model.trtb")
+    for sign in (1, -1):
+        y = x.abs() * sign
+        torch.testing.assert_close(fast(y), model(y))
+        torch.testing.assert_close(loaded(y), model(y))
+
+
+def test_functions_that_cannot_be_traced_become_one_call() -> None:
+    model = _module(lambda x: {"cov": torch.cov(x), "same": torch.equal(x, x), "pairs": torch.combinations(x[0]) * 2})
+    x = torch.randn(4, 3)
+    fast = tb.convert(model, (x,), backend="onnxruntime")
+    assert _plugins(fast) == ["python::torch.cov", "python::torch.equal", "python::torch.combinations"]
+    y = torch.randn(4, 3)
+    result, expected = fast(y), model(y)
+    torch.testing.assert_close(result["cov"], expected["cov"])
+    torch.testing.assert_close(result["pairs"], expected["pairs"])
+    assert result["same"] is True
+
+
+def test_python_control_flow_is_still_an_error() -> None:
+    with pytest.raises(tb.ExportError, match="values of a tensor"):
+        tb.convert(_module(lambda x: x + 1 if x.sum() > 0 else x), (torch.randn(3),), backend="onnxruntime")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.fft.fft(x),
+        lambda x: torch.view_as_real(torch.fft.ifft(torch.polar(x.abs(), x))),
+        lambda x: torch.complex(x, x).sgn().conj(),
+        lambda x: (torch.linalg.eigvals(x @ x.T).abs().sort().values, torch.fft.rfft2(x).real),
+    ],
+    ids=["fft", "polar", "sgn of a conjugate", "eigvals"],
+)
+def test_complex_tensors(function: Callable[..., Any], assert_same: Callable[..., None]) -> None:
+    x = torch.randn(4, 6)
+    fast = tb.convert(_module(function), (x,), backend="onnxruntime")
+    y = torch.randn(4, 6)
+    assert_same(fast(y), function(y), rtol=1e-3, atol=1e-4)
+
+
+def test_complex_arguments(assert_same: Callable[..., None]) -> None:
+    model = _module(lambda z: (z * 2, torch.fft.ifft(z).abs()))
+    z = torch.randn(3, 4, dtype=torch.complex64)
+    fast = tb.convert(model, (z,), dynamic_shapes={"args": ({0: tb.Dim("n", max=8)},)}, backend="onnxruntime")
+    z = torch.randn(5, 4, dtype=torch.complex64)
+    assert_same(fast(z), model(z))
+    with pytest.raises(tb.InputError, match=r"Input args\[0\].*torch.float32"):
+        fast(torch.randn(5, 4, dtype=torch.complex128))
+
+
+NODES = """
+<ir_version: 10, opset_import: ["" : 20]>
+files (float[N, 3, 3] x) => (float[N] y, int64[2, K] z)
+{
+    a = Relu(x)
+    b = Det(a)
+    y = Sqrt(b)
+    c = ReduceMax<keepdims: int = 0>(x, axes)
+    zero = Constant<value_float: float = 0.0>()
+    d = Greater(c, zero)
+    z = NonZero(d)
+}
+"""
+
+
+@pytest.mark.rtx
+def test_nodes_of_a_file_become_plugins(tmp_path: Any) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = onnx.parser.parse_model(
+        NODES.replace("axes", "")
+        .replace("(x, )", "(x, ax)")
+        .replace("    a = Relu(x)", "    ax = Constant<value_ints: ints = [2]>()\n    a = Relu(x)")
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    fast = tb.convert(
+        tmp_path / "m.onnx", dynamic_shapes={"x": {0: tb.Dim("N", min=1, max=8)}}, backend="tensorrt_rtx", device="cuda"
+    )
+    assert _plugins(fast) == ["trtbridge::onnx_node.default"] * 2
+    assert "tensorrt_rtx refuses Det" in fast.inspect()
+    on_cpu = tb.convert(
+        tmp_path / "m.onnx", dynamic_shapes={"x": {0: tb.Dim("N", min=1, max=8)}}, backend="onnxruntime"
+    )
+    x = torch.eye(3).expand(5, 3, 3) * torch.arange(5.0)[:, None, None]
+    result = on_cpu(x)
+    y, z = result["y"], result["z"]
+    torch.testing.assert_close(y, torch.arange(5.0) ** 1.5)
+    assert torch.equal(z, (x.amax(2) > 0).nonzero().T)
+
+
+@pytest.mark.rtx
+def test_a_parser_that_takes_everything_is_asked_once() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    planner = make_planner(
+        _module(lambda x: x.relu()), (torch.randn(2, 3),), None, None, get_backend("tensorrt_rtx"), Options.make({})
+    )
+    planner.build()
+    assert planner.calls == {}
+    assert planner.nodes == {}
+    assert "check" not in planner.stages.seconds  # one segment: building asks the parser anyway
