@@ -23,11 +23,14 @@ from .cli_options import (
     BackendOption,
     CacheOption,
     CapabilityOption,
+    DataSizeOption,
     DebugOption,
     DeviceOption,
     DimOption,
     ForceOption,
+    HostOption,
     LevelOption,
+    NoFallbackOption,
     OpsetOption,
     SizeOption,
     SourceArgument,
@@ -38,6 +41,7 @@ from .cli_options import (
     check_writable,
     given_dims,
     given_options,
+    plugin_options,
 )
 from .cli_plugins import app as plugins_app
 from .cli_source import import_code, search_here
@@ -96,6 +100,9 @@ def convert(
     cache_dir: CacheOption = None,
     device: DeviceOption = None,
     timeout_s: TimeoutOption = None,
+    plugin_host: HostOption = None,
+    no_fallback: NoFallbackOption = False,
+    max_data_size: DataSizeOption = None,
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -106,7 +113,7 @@ def convert(
         check_writable(path, force)
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
-        )
+        ) | plugin_options(plugin_host, no_fallback, max_data_size)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import convert as convert_model
@@ -135,6 +142,9 @@ def explain(
     cache_dir: CacheOption = None,
     device: DeviceOption = None,
     timeout_s: TimeoutOption = None,
+    plugin_host: HostOption = None,
+    no_fallback: NoFallbackOption = False,
+    max_data_size: DataSizeOption = None,
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -143,7 +153,7 @@ def explain(
         dims = given_dims(dim)
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
-        )
+        ) | plugin_options(plugin_host, no_fallback, max_data_size)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import explain as explain_model

@@ -136,6 +136,21 @@ DeviceOption = Annotated[
 TimeoutOption = Annotated[
     float | None, typer.Option("--timeout-s", metavar="S", help="Most seconds that building one engine may take.")
 ]
+HostOption = Annotated[
+    str | None,
+    typer.Option(
+        "--plugin-host",
+        metavar="WHERE",
+        help="Where plugins run: engine, segments (between engines), or auto: inside where it can be. Default: auto.",
+    ),
+]
+NoFallbackOption = Annotated[
+    bool, typer.Option("--no-fallback", help="Fail where the backend refuses something, rather than make it a plugin.")
+]
+DataSizeOption = Annotated[
+    int | None,
+    typer.Option("--max-data-size", min=1, metavar="N", help="Bound of data-dependent sizes that nothing else bounds."),
+]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the log, and what each pass did and left alone and why.")
 ]
@@ -187,6 +202,12 @@ def given_options(
         "device": device,
         "timeout_s": timeout_s,
     }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def plugin_options(host: str | None, no_fallback: bool, max_data_size: int | None) -> dict[str, Any]:
+    """Those options about plugins that are given."""
+    options = {"plugin_host": host, "fallback": False if no_fallback else None, "max_data_size": max_data_size}
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -40,7 +40,7 @@ def convert(
     """Turn a module, or an .onnx file, into engines that are called as the original was.
 
     The module is exported in eval mode and left as it was found. What ``args`` and ``kwargs`` hold beside tensors is
-    fixed at its value. Ops that ONNX cannot express run as plugins between the engines.
+    fixed at its value. What ONNX cannot express, or the backend does not take, runs as plugins (`Options.fallback`).
 
     Args:
         model: an nn.Module on CPU or CUDA, in any floating dtype, or the path of an .onnx file.

@@ -77,13 +77,14 @@ class ExportedModule:
             onnx_program = None
             while onnx_program is None:
                 onnx_program, more = self._translate(plugins)
-                new = {call: reason for call, reason in more.items() if call not in plugins}
-                if onnx_program is None and not new:
-                    raise ExportError(f"torch.onnx cannot translate {self.name}: {'; '.join(more.values())}")
-                for call, reason in new.items():
+                for call, reason in more.items():
                     logger.info("%s becomes a plugin: %s", call, reason)
-                plugins |= new
+                plugins |= more
         return _finish(onnx_program, self, plugins), plugins
+
+    def _possible(self, calls: Mapping[str, str], plugins: Mapping[str, str]) -> dict[str, str]:
+        """Those of some calls that are not plugins yet and can be."""
+        return {c: reason for c, reason in calls.items() if c not in plugins and not self.plugin_problem(c)}
 
     def _translate(self, plugins: Mapping[str, str]) -> tuple[torch.onnx.ONNXProgram | None, dict[str, str]]:
         """One attempt: the translation, or what must be a plugin besides."""
@@ -92,7 +93,7 @@ class ExportedModule:
         grafted = self.program
         try:
             grafted = graft_calls(self.program, [call for call in plugins if call not in opaque])
-            more = find_untranslatable(grafted, self.opset)
+            more = self._possible(find_untranslatable(grafted, self.opset), plugins)
             if more:
                 return None, more
             onnx_program = torch.onnx.export(
@@ -109,8 +110,8 @@ class ExportedModule:
         except PluginError as error:
             raise ExportError(f"{self.name}: {error}") from error
         except Exception as error:
-            more = blamed_calls(error, grafted, self.opset)
-            if not more.keys() - plugins.keys():
+            more = self._possible(blamed_calls(error, grafted, self.opset), plugins)
+            if not more:
                 raise ExportError(_translation_message(error, self.name)) from error
             return None, more
 

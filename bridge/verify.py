@@ -7,9 +7,10 @@ whose own results differ is to blame.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -151,7 +152,7 @@ class _Recorder(torch.fx.Interpreter):
                 args.append(program.constants[signature.inputs_to_lifted_tensor_constants[node.name]].detach().clone())
             else:
                 args.append(next(users).detach().clone())
-        with torch.no_grad():
+        with torch.no_grad(), _full_float32():
             results = self.run(*args)
         count = len(signature.user_outputs)
         return list(results)[len(results) - count :]
@@ -165,6 +166,17 @@ class _Recorder(torch.fx.Interpreter):
         if n.name in self.wanted:
             self.values[n.name] = [t.detach().cpu().clone() for t in _tensors(value)]
         return value
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """Without TF32, which torch uses for convolutions unless told: its error is taken for a wrong translation else."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -164,7 +164,7 @@ class TestHelp:
 
     def test_main_help_lists_commands_and_an_example(self) -> None:
         text = call("-h").stdout
-        for word in ("convert", "explain", "run", "doctor", "Example:"):
+        for word in ("convert", "explain", "run", "doctor", "plugins", "Example:"):
             assert word in text
 
     def test_help_and_version_import_no_torch(self) -> None:
@@ -407,6 +407,13 @@ class TestExplain:
         assert re.findall(r"^\w+", result.stderr, re.M) == [
             *("load", "trace", "export", "passes", "partition", "verify", "parse")
         ]
+
+    def test_options_about_plugins(self) -> None:
+        assert "--no-fallback" in call("convert", "-h").stdout
+        result = call("explain", "models.py:plugin", "--backend", "onnxruntime", "--plugin-host", "inside", status=1)
+        assert "plugin_host='inside': must be" in result.stderr.replace("\n", " ")
+        for option in (("--plugin-host", "segments"), ("--max-data-size", "10"), ("--no-fallback",)):
+            assert "converts" in call("explain", "models.py:plugin", "--backend", "onnxruntime", *option).stdout
 
     def test_status_1_where_it_does_not_convert(self) -> None:
         graph = (

@@ -1,0 +1,80 @@
+"""What becomes a plugin runs on the GPU as the module does: empty results, random numbers, sorts with ties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import trtbridge as tb
+
+pytestmark = pytest.mark.gpu
+
+
+def _module(function: Callable[..., Any]) -> torch.nn.Module:
+    class Model(torch.nn.Module):
+        def forward(self, *args: torch.Tensor) -> Any:
+            return function(*args)
+
+    return Model()
+
+
+@pytest.mark.parametrize("shift", [-10.0, 0.0, 10.0], ids=["none", "some", "all"])
+def test_data_dependent_sizes(shift: float) -> None:
+    """A segment behind a selection runs on whatever number of rows there is, none among them."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = x[x.sum(1) > 0]
+        return rows.relu() @ torch.ones(6, 2, device=x.device), rows.sum(0), torch.nonzero(x > 1)
+
+    shapes = {"args": ({0: tb.Dim("n", min=1, opt=4, max=8)},)}
+    x = torch.randn(4, 6, device="cuda")
+    fast = tb.convert(_module(function), (x,), dynamic_shapes=shapes, backend="tensorrt_rtx")
+    x = torch.randn(7, 6, device="cuda") + shift
+    for mine, wanted in zip(fast(x), function(x), strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_random_numbers_are_torchs() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(x, 0.5) + torch.rand_like(x)
+
+    x = torch.randn(64, 64, device="cuda")
+    fast = tb.convert(_module(function), (x,), backend="tensorrt_rtx")
+    torch.manual_seed(7)
+    expected = function(x)
+    torch.manual_seed(7)
+    torch.testing.assert_close(fast(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
+def test_sorting_many_equal_values_gives_a_permutation(dtype: torch.dtype) -> None:
+    """As routers of mixtures of experts do: the order of equal values is free, but each index comes once."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, indices = torch.sort(x)
+        return values * 2, indices + 0
+
+    x = torch.randint(0, 8, (64,), device="cuda").to(dtype)
+    values, indices = tb.convert(_module(function), (x,), backend="tensorrt_rtx")(x)
+    assert torch.equal(values, torch.sort(x).values * 2)
+    assert torch.equal(indices.sort().values, torch.arange(64, device="cuda"))
+    assert torch.equal(x[indices] * 2, values)
+
+
+def test_a_small_mixture_of_experts() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=100, num_local_experts=4, num_experts_per_tok=2, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config).eval().cuda()
+    wrapped = _module(lambda ids: model(input_ids=ids, use_cache=False).last_hidden_state)
+    wrapped.inner = model
+    ids = torch.randint(0, 100, (2, 16), device="cuda")
+    fast = tb.convert(wrapped, (ids,), backend="tensorrt_rtx")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(ids), wrapped(ids), rtol=1e-3, atol=1e-3)
