@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections.abc import Iterator
@@ -117,26 +118,27 @@ def blamed_calls(error: BaseException, program: torch.export.ExportedProgram, op
     registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
     table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
     forget_pending_sizes(program)
-    try:
+    decomposed = None
+    with contextlib.suppress(Exception):
         decomposed = program.run_decompositions(table)
-    except Exception:
-        # Decomposing fails without naming a call: those that are not translated as they stand come into question.
-        return {
-            node.name: reason
-            for node in call_nodes(program.graph_module)
-            if isinstance(node.target, torch._ops.OpOverload)
-            and node.target is not CALL
-            and not registry.is_registered(node.target)
-            and not _is_dropped(node)
-        }
-    if translating:
+    if decomposed is not None and translating:
         for node in _all_calls(decomposed.graph_module):
             # Type promotion gives a node of the decomposed program a new name that begins with the old one.
             if any(name == node.name or name.startswith(f"{node.name}_") for name in translating):
                 call = marked_call(node.meta.get("stack_trace"))
                 if call:
                     found[call] = reason
-    return found
+    if found:
+        return found
+    # The exporter fails without naming a call: those that are not translated as they stand come into question.
+    return {
+        node.name: reason
+        for node in call_nodes(program.graph_module)
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target is not CALL
+        and not registry.is_registered(node.target)
+        and not _is_dropped(node)
+    }
 
 
 def forget_pending_sizes(program: torch.export.ExportedProgram) -> None:

@@ -171,12 +171,17 @@ class _Recorder(torch.fx.Interpreter):
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
     """Without TF32, which torch uses for convolutions unless told: its error is taken for a wrong translation else."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    cudnn = torch.backends.cudnn
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        yield
+        # The context manager works where setting the flag is forbidden (torch.backends.disable_global_flags).
+        with cudnn.flags(
+            enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+        ):
+            yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -58,6 +58,8 @@ class HostedOp:
             ExecutionError: the op failed, or a size that depends on data exceeds its bound.
             PluginError: its results do not have the shapes that its fake kernel promised.
         """
+        # TensorRT may hold a 0-d tensor as one of a single element.
+        input_shapes = [shape if one.axes else () for shape, one in zip(input_shapes, self._spec.inputs, strict=True)]
         inputs = [
             self.view(address, shape, _torch_dtype(one.dtype), device)
             for address, shape, one in zip(input_addresses, input_shapes, self._spec.inputs, strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +144,20 @@ def test_a_check_changes_neither_the_module_nor_the_random_state() -> None:
     assert torch.equal(x, before)
     assert model.calls == 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_check_works_where_torchs_flags_are_frozen() -> None:
+    """As torch.testing._internal freezes them for a whole process."""
+    code = (
+        "import torch, trtbridge as tb\n"
+        "torch.backends.disable_global_flags()\n"
+        "class M(torch.nn.Module):\n"
+        "    def forward(self, x): return torch.nn.functional.avg_pool2d(x, 2, divisor_override=3)\n"
+        "fast = tb.convert(M(), (torch.randn(1, 2, 6, 6),), backend='onnxruntime')\n"
+        "print([call.op for call in fast.program.plugin_calls])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['aten::avg_pool2d.default']"
 
 
 def test_random_ops_draw_from_torchs_generator() -> None:
