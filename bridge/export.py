@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -51,6 +51,7 @@ class ExportedModule:
     complex_outputs: tuple[int, ...]
     name: str
     opset: int
+    _seen_translatable: list[bool] = field(default_factory=list, repr=False, compare=False)
 
     def plugin_problem(self, call: str) -> str:
         """Why a call cannot be a plugin; "" where it can."""
@@ -93,9 +94,11 @@ class ExportedModule:
         grafted = self.program
         try:
             grafted = graft_calls(self.program, [call for call in plugins if call not in opaque])
-            more = self._possible(find_untranslatable(grafted, self.opset), plugins)
-            if more:
-                return None, more
+            if not self._seen_translatable:
+                more = self._possible(find_untranslatable(grafted, self.opset), plugins)
+                if more:
+                    return None, more
+                self._seen_translatable.append(True)  # more plugins change nothing about that
             onnx_program = torch.onnx.export(
                 grafted,
                 dynamo=True,

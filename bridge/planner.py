@@ -67,6 +67,7 @@ class Planner:
     _opset: int | None = None
     _nodes: Sequence[onnx.NodeProto] = ()
     _checked: frozenset[str] | None = None
+    _made: tuple[frozenset[str], Plan] | None = None  # the last plan and what was a plugin in it
     _fixed: set[str] = field(default_factory=set)  # calls that cannot be plugins
 
     @property
@@ -78,6 +79,8 @@ class Planner:
         """A plan whose export has been checked; the backend has not been asked yet."""
         rounds = 0
         while True:
+            if self._made is not None and self._made[0] == self._state():
+                return self._made[1]
             rounds += 1
             try:
                 model = self._model()
@@ -91,7 +94,11 @@ class Planner:
                     _require_inside(plan, self.backend.name)
             wrong = self._wrong_calls(model)
             if rounds == _MOST_ROUNDS or not self._add_calls(wrong):
+                self._made = (self._state(), plan)
                 return plan
+
+    def _state(self) -> frozenset[str]:
+        return frozenset((*self.calls, *(f"node {name}" for name in self.nodes), *(f"out {n}" for n in self.outside)))
 
     def settled_plan(self) -> tuple[Plan, Mapping[str, Sequence[Refusal]]]:
         """A plan that the backend's parser takes, or the last one with what it still refuses, by segment."""

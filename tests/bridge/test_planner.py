@@ -288,3 +288,21 @@ def test_a_parser_that_takes_everything_is_asked_once() -> None:
     assert planner.calls == {}
     assert planner.nodes == {}
     assert "check" not in planner.stages.seconds  # one segment: building asks the parser anyway
+
+
+@pytest.mark.rtx
+def test_nothing_is_exported_twice_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One translation of the model as it is, one with the refused call as a plugin."""
+    pytest.importorskip("tensorrt_rtx")
+    function, args, _ = REFUSED_BY_RTX["Col2Im"]
+    planner = make_planner(_module(function), args, None, None, get_backend("tensorrt_rtx"), Options.make({}))
+    exports: list[dict[str, str]] = []
+    real = type(planner.source).to_onnx  # type: ignore[union-attr]
+
+    def counted(self: Any, plugins: dict[str, str]) -> Any:
+        exports.append(dict(plugins))
+        return real(self, plugins)
+
+    monkeypatch.setattr(type(planner.source), "to_onnx", counted)
+    planner.build()
+    assert [list(plugins) for plugins in exports] == [[], ["col2im"]]
