@@ -253,7 +253,7 @@ def page(results: Results) -> str:
         "and compared with PyTorch. Written by `python scripts/model_sweep.py`; scripts/model_zoo.py makes the models.",
         "fp32 without TF32. A model matches when every output has a cosine similarity of 0.9999 (fp16: 0.995) and no",
         "element is off by more than 1 % (fp16: 5 %) of the output's largest. The goal is every timm family, and every",
-        "transformers kind that torch.export takes.",
+        "transformers kind that torch.export takes; the last column counts match and shapes only, not unstable.",
         "",
     ]
     groups = sorted({(o.backend, o.dtype) for o in results.outcomes.values()})
