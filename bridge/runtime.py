@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ExecutionError, TrtBridgeError
+from ..errors import ExecutionError, PluginError, TrtBridgeError
 from ..plugins.registry import call_op, find_op
 from ..plugins.sizes import names_in
 from .backends import get_backend
@@ -37,6 +37,7 @@ class RunningProgram:
 
     def __init__(self, program: Program, device: torch.device, cache_dir: Path | None) -> None:
         backend = get_backend(program.backend)
+        _require_ops(program)
         self.device = device
         self._inputs = [spec.name for spec in program.signature.inputs]
         self._outputs = [
@@ -104,6 +105,23 @@ class RunningProgram:
         if stream is None:
             stream = self._local.stream = torch.cuda.Stream()
         return stream
+
+
+def _require_ops(program: Program) -> None:
+    """See that every plugin op between engines is registered; those inside say so themselves when they are loaded."""
+    missing: dict[str, PluginError] = {}
+    for call in program.plugin_calls:
+        try:
+            find_op(call.op)
+        except PluginError as error:
+            missing[call.op] = error
+    if len(missing) > 1:
+        raise PluginError(
+            f"The program needs plugin ops that are not registered in this process: {', '.join(sorted(missing))}. "
+            "Import the Python modules that register them before loading it."
+        )
+    for error in missing.values():
+        raise error
 
 
 def _engine_step(engine: Engine, executable: Executable) -> Callable[[_Environment], None]:

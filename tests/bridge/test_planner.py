@@ -306,3 +306,23 @@ def test_nothing_is_exported_twice_alike(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(type(planner.source), "to_onnx", counted)
     planner.build()
     assert [list(plugins) for plugins in exports] == [[], ["col2im"]]
+
+
+def test_loading_names_all_plugin_ops_that_are_missing(tmp_path: Any) -> None:
+    """Another process, which has not imported what registers them."""
+    library = torch.library.Library("trtbridge_tests_planner", "FRAGMENT")
+    for name in ("one", "two"):
+        library.define(f"{name}(Tensor x) -> Tensor")
+        torch.library.impl(library, name, "CompositeExplicitAutograd")(lambda x: x + 1)
+        torch.library.register_fake(f"trtbridge_tests_planner::{name}", torch.empty_like, lib=library)
+    ops = torch.ops.trtbridge_tests_planner
+    x = torch.randn(3)
+    fast = tb.convert(_module(lambda x: ops.two(ops.one(x) * 2)), (x,), backend="onnxruntime")
+    torch.testing.assert_close(fast(x), (x + 1) * 2 + 1)
+    tb.save(fast, tmp_path / "model.trtb")
+    code = (
+        f"import trtbridge as tb\ntry: tb.load({str(tmp_path / 'model.trtb')!r})\nexcept tb.PluginError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "trtbridge_tests_planner::one.default, trtbridge_tests_planner::two.default" in done.stdout
+    assert "Import the Python modules" in done.stdout
