@@ -22,7 +22,14 @@ from .origins import compact_origins, strip_prefix
 from .simplify import simplify
 from .structure import Structure
 from .trace import MODULE, left_as_found, quiet, shorten, trace_module
-from .untranslatable import blamed_calls, find_untranslatable, forget_pending_sizes, mark_calls, random_calls
+from .untranslatable import (
+    alike_calls,
+    blamed_calls,
+    find_untranslatable,
+    forget_pending_sizes,
+    mark_calls,
+    random_calls,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +90,10 @@ class ExportedModule:
                 plugins |= more
         return _finish(onnx_program, self, plugins), plugins
 
+    def alike(self, calls: Mapping[str, str]) -> dict[str, str]:
+        """Some calls and those like them: torch.onnx and the check of the export name few at a time."""
+        return alike_calls(self.program, calls)
+
     def _possible(self, calls: Mapping[str, str], plugins: Mapping[str, str]) -> dict[str, str]:
         """Those of some calls that are not plugins yet and can be."""
         return {c: reason for c, reason in calls.items() if c not in plugins and not self.plugin_problem(c)}
@@ -113,7 +124,7 @@ class ExportedModule:
         except PluginError as error:
             raise ExportError(f"{self.name}: {error}") from error
         except Exception as error:
-            more = self._possible(blamed_calls(error, grafted, self.opset), plugins)
+            more = self._possible(self.alike(blamed_calls(error, grafted, self.opset)), plugins)
             if not more:
                 raise ExportError(_translation_message(error, self.name)) from error
             return None, more

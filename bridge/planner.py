@@ -238,7 +238,7 @@ class Planner:
             return {}
         self._checked = state
         with self.stages.stage("verify"):
-            return find_wrong_calls(self.source, model, partition(model))
+            return self.source.alike(find_wrong_calls(self.source, model, partition(model)))
 
     def _culprit(self, plan: Plan, error: BuildError) -> Sequence[Refusal]:
         segment = next((s for s in plan.segments if s.name == error.segment), None)

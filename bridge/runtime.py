@@ -120,8 +120,8 @@ def _require_ops(program: Program) -> None:
             f"The program needs plugin ops that are not registered in this process: {', '.join(sorted(missing))}. "
             "Import the Python modules that register them before loading it."
         )
-    for error in missing.values():
-        raise error
+    for only in missing.values():
+        raise only
 
 
 def _engine_step(engine: Engine, executable: Executable) -> Callable[[_Environment], None]:

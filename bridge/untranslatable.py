@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -139,6 +140,25 @@ def blamed_calls(error: BaseException, program: torch.export.ExportedProgram, op
         and not registry.is_registered(node.target)
         and not _is_dropped(node)
     }
+
+
+def alike_calls(program: torch.export.ExportedProgram, calls: Mapping[str, str]) -> dict[str, str]:
+    """These calls and those that do the same to tensors of the same ranks and dtypes: they fail for the same reason."""
+
+    def kind(node: torch.fx.Node) -> str:
+        def one(value: Any) -> str:
+            if isinstance(value, torch.fx.Node):
+                fake = value.meta.get("val")
+                return f"{fake.dtype}{fake.ndim}" if isinstance(fake, torch.Tensor) else type(fake).__name__
+            if isinstance(value, (list, tuple)):
+                return "[" + ",".join(map(one, value)) + "]"
+            return repr(value)
+
+        return f"{node.target}({one(node.args)}, {[(name, one(value)) for name, value in node.kwargs.items()]})"
+
+    kinds = {node.name: kind(node) for node in call_nodes(program.graph_module)}
+    reasons = {kinds[call]: reason for call, reason in calls.items() if call in kinds}
+    return {name: reasons[each] for name, each in kinds.items() if each in reasons} | dict(calls)
 
 
 def forget_pending_sizes(program: torch.export.ExportedProgram) -> None:

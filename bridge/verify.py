@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ _LIMIT_BYTES = 2 << 30
 
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Largest relative error (L2 norm) by dtype: far above rounding, far below a wrong formula."""
+
+_GROWTH = 20
+"""A call is to blame where its error is this many times that of what it reads: others only pass an error on."""
 
 _CPU = torch.device("cpu")
 # Among equal values these may take any.
@@ -94,6 +98,23 @@ def find_wrong_calls(traced: ExportedModule, model: OnnxModel, plan: Plan) -> di
             "; ".join(differ(actual[index], expected[index]) for index in wrong),
         )
     return found
+
+
+def relative_error(mine: torch.Tensor, wanted: torch.Tensor) -> float:
+    """L2 norm of the error over that of the expected values where both are finite; for integers the share that differs.
+
+    1 where shapes differ, or NaN and infinity are in other places.
+    """
+    a, b = mine.detach().cpu().double(), wanted.detach().cpu().double()
+    if not wanted.is_floating_point():
+        return float((a != b).double().mean()) if a.shape == b.shape and b.numel() else float(a.shape != b.shape)
+    if a.shape != b.shape:
+        return 1.0
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    size = float(b[finite].norm())
+    error = float((a[finite] - b[finite]).norm())
+    same = bool((torch.isfinite(a) == torch.isfinite(b)).all())
+    return max(error / size if size else float(error > 0), 0.0 if same else 1.0)
 
 
 def differ(mine: torch.Tensor, wanted: torch.Tensor) -> str:
@@ -249,10 +270,8 @@ def _first_wrong_call(
         return {}
     nodes_by_name = {node.name: node for node in recorder.traced.program.graph.nodes}
     targets = {name: str(node.target) for name, node in nodes_by_name.items()}
-    right: set[str] = set()
+    errors: dict[str, float] = {}
     for call, node in nodes_by_name.items():
-        if node.op != "call_function":
-            right.add(call)
         if call not in recorder.values or call not in outside:
             continue
         index_op = targets[call].split(".")[1] in _INDEX_OPS if "." in targets[call] else False
@@ -261,10 +280,21 @@ def _first_wrong_call(
         pairs = [(a, b) for a in mine for b in wanted if a.shape == b.shape and a.dtype == b.dtype]
         if len(wanted) == 1 and not pairs:  # a result of the wrong shape
             pairs = [(seen[name], wanted[0]) for name in outside[call] if name in results and name in seen]
-        if pairs and all(differ(a, b) for a, b in pairs):
+        errors[call] = own = min((relative_error(a, b) for a, b in pairs), default=0.0)
+        before = max((errors.get(name, 0.0) for name in _inputs_of(node)), default=0.0)
+        if pairs and all(differ(a, b) for a, b in pairs) and own > _GROWTH * before:
             reason = f"its ONNX translation is wrong: {differ(*pairs[0])} on the example"
             return {call: reason}
     return {}
+
+
+def _inputs_of(node: torch.fx.Node) -> Iterator[str]:
+    """The calls whose results a call reads."""
+    for other in node.all_input_nodes:
+        if other.target is operator.getitem:
+            yield from _inputs_of(other)
+        else:
+            yield other.name
 
 
 def _blame_refusals(error: TrtBridgeError) -> dict[str, str]:

@@ -85,8 +85,11 @@ def examine(source: str, name: str, backend: str, dtype: str) -> Outcome:
     with torch.no_grad():
         exact = recipe.module.to(device)
         args, kwargs = _cast((recipe.args, recipe.kwargs), torch.float32, device)
-        reference = _run(exact, args, kwargs)
-        random = not _equal(reference, _run(exact, args, kwargs, seed=1))
+        try:
+            reference = _run(exact, args, kwargs)
+            random = not _equal(reference, _run(exact, args, kwargs, seed=1))
+        except Exception as error:
+            return dataclasses.replace(outcome, stage="no recipe", words=f"PyTorch on {device}: {words_of(error)}")
         eager, expected = exact, reference
         if dtype != "float32":
             try:

@@ -7,6 +7,7 @@ of its fields (widths, heads, layers, vocabulary, image size). The inputs come f
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
@@ -144,12 +145,13 @@ def _timm(name: str) -> Recipe:
     module = timm.create_model(name, pretrained=False).eval()
     enliven(module)
     channels, *size = module.pretrained_cfg.get("input_size", (3, 224, 224))
+    trial = copy.deepcopy(module)  # some modules keep tensors of their first call, on the device of that call
     errors = []
     for edges in (*((edge, edge) for edge in TIMM_EDGES if edge < min(size)), tuple(size)):
         x = pictures((BATCH, channels, *edges))
         try:
             with torch.no_grad():
-                module(x)
+                trial(x)
         except Exception as error:
             errors.append(f"{edges}: {type(error).__name__}: {error}")
             continue
@@ -362,7 +364,7 @@ def _transformers(kind: str) -> Recipe:
             continue
         for chosen in input_sets(module):
             try:
-                kwargs = try_inputs(module, config, chosen)
+                kwargs = try_inputs(copy.deepcopy(module), config, chosen)
             except Exception as error:
                 errors.append(f"{level} with {', '.join(chosen)}: {type(error).__name__}: {_first_line(error)}")
                 continue

@@ -326,3 +326,26 @@ def test_loading_names_all_plugin_ops_that_are_missing(tmp_path: Any) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "trtbridge_tests_planner::one.default, trtbridge_tests_planner::two.default" in done.stdout
     assert "Import the Python modules" in done.stdout
+
+
+def test_calls_alike_become_plugins_together() -> None:
+    """Attention of rank 3, which torch.onnx does not translate: named one at a time, each would cost an export."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = F.scaled_dot_product_attention(x, x * 2, x)
+        return x
+
+    planner = make_planner(
+        _module(function), (torch.randn(2, 4, 8),), None, None, get_backend("onnxruntime"), Options.make({})
+    )
+    program = planner.build()
+    assert [call.op for call in program.plugin_calls] == ["aten::scaled_dot_product_attention.default"] * 3
+    assert all("torch.onnx fails on it" in call.reason for call in program.plugin_calls)
+
+
+def test_an_op_that_the_exporter_fails_over_without_naming_it() -> None:
+    model = _module(lambda x: 1.0 - x)
+    fast = tb.convert(model, (torch.tensor([1, 2]),), backend="onnxruntime")
+    assert _plugins(fast) == ["aten::rsub.Scalar"]
+    torch.testing.assert_close(fast(torch.tensor([3, 4])), torch.tensor([-2.0, -3.0]))
