@@ -280,6 +280,7 @@ def describe(program: Program) -> str:
             layers = f", {len(info['layers'])} layers" if info.get("layers") else ""
             size = size_text(step.engine.size_bytes)
             lines.append(f"  {step.name}: engine of {size}{layers}, {program.backend}{version}{target}")
+            lines += [f"    plugin {p['op']} inside it; from {p['place']}" for p in info.get("plugins", ())]
         else:
             lines += [f"  {line}" for line in describe_plugin(step, "between engines")]
     lines += [f"  output {line}" for line in signature.describe_outputs()]

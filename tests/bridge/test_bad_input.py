@@ -328,7 +328,7 @@ def test_attention_that_crashes_the_builder(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(tb.BuildError, match=r"(?s)took its process down.*same tensor as query, key or value"):
         tb.convert(tmp_path / "model.onnx", backend="tensorrt_rtx", fallback=False)
-    (call,) = tb.convert(tmp_path / "model.onnx", backend="tensorrt_rtx").program.plugin_calls
+    (call,) = tb.convert(tmp_path / "model.onnx", backend="tensorrt_rtx", plugin_host="segments").program.plugin_calls
     assert "refuses Attention" in call.reason
 
 
@@ -344,7 +344,7 @@ def test_builder_that_refuses_names_the_lines() -> None:
     args = (torch.ones(1, 2, 16, 64), torch.ones(1, 2, 16, 64))
     with pytest.raises(tb.BuildError, match=r"(?s)cannot build segment0.*Attention .*is from .*scaled_dot_product"):
         tb.convert(Attend(), args, backend="tensorrt_rtx", opset=23, fallback=False)
-    (call,) = tb.convert(Attend(), args, backend="tensorrt_rtx", opset=23).program.plugin_calls
+    (call,) = tb.convert(Attend(), args, backend="tensorrt_rtx", opset=23, plugin_host="segments").program.plugin_calls
     assert call.op == "aten::scaled_dot_product_attention.default"
     assert "Attention" in call.reason
     assert tb.convert(Attend(), args, backend="tensorrt_rtx").program.engines

@@ -56,9 +56,9 @@ def test_unknown_bounds_are_asked_for() -> None:
     pytest.importorskip("tensorrt_rtx")
     args = (torch.randn(3, 2),)
     with pytest.raises(tb.DynamicShapeError, match=r"depend on data[\s\S]*max_data_size"):
-        tb.convert(_positives(), args, backend="tensorrt_rtx")
+        tb.convert(_positives(), args, backend="tensorrt_rtx", plugin_host="segments")
     for bound in ({"max_data_size": 10}, {"output_shapes": {0: {0: tb.Dim("total", max=10)}}}):
-        built = tb.convert(_positives(), args, backend="tensorrt_rtx", **bound)  # type: ignore[arg-type]
+        built = tb.convert(_positives(), args, backend="tensorrt_rtx", plugin_host="segments", **bound)  # type: ignore[arg-type]
         (engine,) = built.program.engines
         assert [spec.ranges for spec in engine.inputs] == [((0, 5, 10),)]
 

@@ -211,8 +211,9 @@ def test_engine_without_a_gpu_is_built_saved_and_inspected(tmp_path: Path) -> No
         loaded(*ARGS)
     assert copy.deepcopy(loaded).program is loaded.program
     stages = [name for name, _ in phases]
-    assert list(dict.fromkeys(s for s in stages if ":" not in s)) == [
-        *("trace", "export", "passes", "partition", "verify", "parse", "build")
+    # "parse" comes where there are several engines: not where the plugin is inside one (TensorRT-RTX from 1.7 on).
+    assert list(dict.fromkeys(s for s in stages if ":" not in s and s != "parse")) == [
+        *("trace", "export", "passes", "partition", "verify", "build")
     ]
     builds = [fraction for name, fraction in phases if name.startswith("build: ")]
     assert len(builds) > 10, "the builder's own phases are reported"

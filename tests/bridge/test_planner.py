@@ -264,7 +264,10 @@ def test_nodes_of_a_file_become_plugins(tmp_path: Any) -> None:
     )
     onnx.save(model, tmp_path / "m.onnx")
     fast = tb.convert(
-        tmp_path / "m.onnx", dynamic_shapes={"x": {0: tb.Dim("N", min=1, max=8)}}, backend="tensorrt_rtx", device="cuda"
+        tmp_path / "m.onnx",
+        dynamic_shapes={"x": {0: tb.Dim("N", min=1, max=8)}},
+        backend="tensorrt_rtx",
+        plugin_host="segments",
     )
     assert _plugins(fast) == ["trtbridge::onnx_node.default"] * 2
     assert "tensorrt_rtx refuses Det" in fast.inspect()
