@@ -56,7 +56,7 @@ def _fake_call(op: str, template: str, tensors: Sequence[torch.Tensor], numbers:
 
 
 def _call(op: str, template: str, tensors: Sequence[torch.Tensor], numbers: Sequence[Any]) -> list[torch.Tensor]:
-    device = tensors[0].device if tensors else None
+    device = tensors[0].device if tensors and '"borrowed":' not in template else None
     results = call_op(find_op(op), template, [*tensors, *numbers], device)
     # An op's results must not share memory with its inputs, and views may.
     return [torch.empty_like(r, memory_format=torch.contiguous_format).copy_(r) if r._is_view() else r for r in results]
@@ -156,13 +156,19 @@ def _graft(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
 
         random = torch.Tag.nondeterministic_seeded in target.tags
         template = encode(node.args, node.kwargs, place, number=len(order) if random else None)
+        # Without a tensor among its inputs a call's results are outside of torch's functionalization, which then fails
+        # over whatever is written to them; TensorRT, too, wants a plugin to have an input.
+        lends = next((n for n in reversed(order) if n.op == "placeholder" and _is_real_tensor(n)), None)
+        borrowed = not tensors and lends is not None
+        if borrowed and lends is not None:
+            tensors.append(lends)
         # Arguments that the op writes to are copied for it, and come back as more results.
         writes = [] if functional is not target else written
         targets: list[Any] = [node.args[index] for index in writes]
         own = [tensors.index(written_to) for written_to in targets]
         flat = _as_list(node.meta.get("val"))
         after = [written_to.meta["val"] for written_to in targets]
-        template = _settle(template, len(tensors), symbols, len(flat) + len(after), own)
+        template = _settle(template, len(tensors), symbols, len(flat) + len(after), own, borrowed)
         call = graph.call_function(CALL, (op_name(functional), template, list(tensors), list(numbers)))
         call.meta = {k: v for k, v in node.meta.items() if k not in ("val", "unbacked_bindings", "tensor_meta")}
         results, *changed = _unflatten(graph, call, [node.meta.get("val"), *after], node)
@@ -177,6 +183,11 @@ def _graft(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     _replace(node, results)
     graph.erase_node(node)
     call.name = name
+
+
+def _is_real_tensor(node: torch.fx.Node) -> bool:
+    fake = node.meta.get("val")
+    return isinstance(fake, torch.Tensor) and not fake.is_complex()
 
 
 def _functional(op: torch._ops.OpOverload) -> tuple[torch._ops.OpOverload, list[int]]:
@@ -234,7 +245,12 @@ def _bind(
 
 
 def _settle(
-    template: str, count: int, symbols: Mapping[str, tuple[int, int]], outputs: int, writes: Sequence[int]
+    template: str,
+    count: int,
+    symbols: Mapping[str, tuple[int, int]],
+    outputs: int,
+    writes: Sequence[int],
+    borrowed: bool,
 ) -> str:
     """Complete a template: numbers come after the tensors, whose count is known only now."""
     data = json.loads(template)
@@ -254,6 +270,8 @@ def _settle(
     data["outputs"] = outputs
     if writes:
         data["writes"] = list(writes)
+    if borrowed:
+        data["borrowed"] = True
     return json.dumps(data, separators=(",", ":"))
 
 

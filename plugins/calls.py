@@ -10,8 +10,8 @@ The arguments of an op become a JSON template, in which everything that JSON lac
 - ``{"dict": {...}}``: a dict with text keys
 
 ``"outputs"`` is the number of results; ``"writes": [i, ...]`` names inputs that the op writes to: it gets copies, which
-are results too, after its own. A call's results are flat: nested lists opened, None left out, complex tensors as pairs
-of reals.
+are results too, after its own; ``"borrowed"`` says that the call reads none of its inputs. A call's results are flat:
+nested lists opened, None left out, complex tensors as pairs of reals.
 """
 
 from __future__ import annotations

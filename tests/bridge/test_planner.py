@@ -352,3 +352,17 @@ def test_an_op_that_the_exporter_fails_over_without_naming_it() -> None:
     fast = tb.convert(model, (torch.tensor([1, 2]),), backend="onnxruntime")
     assert _plugins(fast) == ["aten::rsub.Scalar"]
     torch.testing.assert_close(fast(torch.tensor([3, 4])), torch.tensor([-2.0, -3.0]))
+
+
+def test_random_tensors_may_be_written_to() -> None:
+    """As the flows of VITS do: what is made from random numbers alone is changed in place."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        made = torch.zeros_like(torch.randn(4, 3))
+        made[x > 0] = x[x > 0] * 2
+        return made
+
+    x = torch.randn(4, 3)
+    fast = tb.convert(_module(function), (x,), backend="onnxruntime")
+    for sign in (1, -1):
+        torch.testing.assert_close(fast(x * sign), function(x * sign))
