@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
+from ..errors import PluginError
 from ..plugins.calls import encode, flatten_results
 from ..plugins.registry import PYTHON, find_op
 from .graft import CALL
@@ -149,7 +150,7 @@ def can_be_opaque(name: str) -> bool:
         return False
     try:
         return callable(find_op(f"{PYTHON}::{name}"))
-    except Exception:
+    except PluginError:
         return False
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import get_ignored_functions, resolve_name
 
 from ..errors import PluginError
 from .calls import decode, flatten_results, written_inputs
@@ -41,7 +42,11 @@ def find_op(name: str) -> Callable[..., Any]:
     packet_name, _, overload = rest.partition(".")
     try:
         if namespace == PYTHON:
-            return functools.reduce(getattr, rest.split(".")[1:], torch)  # type: ignore[return-value]
+            function: Any = functools.reduce(getattr, rest.split(".")[1:], torch)
+            # A name comes from a file, too: nothing but torch's own functions on tensors (torch.load and torch.os.system are none).
+            if resolve_name(function) != rest or function in get_ignored_functions():
+                raise AttributeError(rest)
+            return function  # type: ignore[no-any-return]
         if namespace == "trtbridge" and packet_name in _HOMES:
             importlib.import_module(f".{_HOMES[packet_name]}", __package__)
         elif namespace == "trtbridge":

@@ -84,6 +84,17 @@ def test_names() -> None:
     assert find_op("aten::add.Tensor") is aten.add.Tensor
 
 
+def test_functions_of_torch_that_are_no_ops() -> None:
+    assert find_op("python::torch.cov") is torch.cov
+    assert find_op("python::torch.Tensor.cov") is torch.Tensor.cov
+
+
+@pytest.mark.parametrize("name", ["torch.os.system", "torch.load", "torch.hub.load", "torch.sys.exit", "torch.nothing"])
+def test_a_saved_program_cannot_name_any_python_function(name: str) -> None:
+    with pytest.raises(PluginError, match="not registered"):
+        find_op(f"python::{name}")
+
+
 @pytest.mark.parametrize("name", ["nowhere::op.default", "aten::cummax.nothing", "aten::no_such_op"])
 def test_missing_ops_are_named(name: str) -> None:
     with pytest.raises(PluginError, match=f"{name}.*not registered.*Import"):
