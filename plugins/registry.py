@@ -43,7 +43,8 @@ def find_op(name: str) -> Callable[..., Any]:
     try:
         if namespace == PYTHON:
             function: Any = functools.reduce(getattr, rest.split(".")[1:], torch)
-            # A name comes from a file, too: nothing but torch's own functions on tensors (torch.load and torch.os.system are none).
+            # A name comes from a file, too: nothing but torch's own functions on tensors is called. torch.load and
+            # torch.os.system are none.
             if resolve_name(function) != rest or function in get_ignored_functions():
                 raise AttributeError(rest)
             return function  # type: ignore[no-any-return]
