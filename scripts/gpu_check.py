@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, scratch: Path) -> Record:
     if "plugins" in parts:
         spread = ["-n", str(options.workers)] if importlib.util.find_spec("xdist") and options.workers > 1 else []
         path = scratch / "plugins.json"
-        files = ["test_fallbacks.py", "test_shipped_ops.py", "test_plugin_models.py"]
+        files = ["test_rtx_faults.py", "test_fallbacks.py", "test_shipped_ops.py", "test_plugin_models.py"]
         records.append(run_pytest(files, [*spread, *options.pytest_options], environment, path))
         keep()
         path = scratch / "authoring.json"  # alone, for it takes times

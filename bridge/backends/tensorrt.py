@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import onnx
 import onnx_ir as ir
 import torch
 
@@ -30,6 +31,7 @@ from .empty import EmptySafe, can_be_empty, empty_parts
 from .flavour import FLAVOURS, Flavour, find_capabilities, tf32_environment
 from .plugin_library import library_environment, require_library
 from .plugin_nodes import describe_host, hosted_plugins, make_parseable, probe_segment
+from .rtx_faults import avoid_faults, original_name
 from .trt_run import ENGINE_PART, TensorRtExecutable
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ class TensorRtBackend:
         find_capabilities(self.flavour, options.compute_capabilities)
 
     def plugin_refusal(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
-        refusal = _hosting_refusal(self.name)
+        refusal = _hosting_refusal(self.name) or _empty_refusal(input_specs)
         if refusal:
             return refusal
         try:
@@ -86,7 +88,7 @@ class TensorRtBackend:
         self._require_build()
         with _job(self.flavour, segment, options, parse_only=True) as folder:
             outcome = _run(self.flavour, folder, segment, options, None)
-            refusals = _refusals(outcome, segment)
+            refusals = _refusals(self.flavour, outcome, segment)
             if outcome.error and not refusals:
                 raise BuildError(_failure(self.flavour, segment, outcome))
             return refusals
@@ -96,7 +98,7 @@ class TensorRtBackend:
         started = time.perf_counter()
         with _job(self.flavour, segment, options, parse_only=False) as folder:
             outcome = _run(self.flavour, folder, segment, options, progress)
-            refusals = _refusals(outcome, segment)
+            refusals = _refusals(self.flavour, outcome, segment)
             if refusals:
                 raise UnsupportedOpError(describe_refusals(self.flavour.title, refusals), refusals)
             if outcome.error:
@@ -153,6 +155,16 @@ def _hosting_refusal(name: str) -> str:
     )
 
 
+def _empty_refusal(inputs: Sequence[TensorSpec]) -> str:
+    """Why a plugin on such inputs cannot be inside an engine: engines with plugins have no way around empty ones."""
+    if not inputs:
+        return "it has no inputs, and TensorRT runs no plugin without one"
+    for spec in inputs:
+        if any(bounds is not None and bounds[0] == 0 for bounds in spec.ranges) or 0 in spec.shape:
+            return f"its input {spec.name} {spec.type_text} may be empty, which TensorRT does not run on"
+    return ""
+
+
 def describe_refusals(title: str, refusals: Sequence[Refusal]) -> str:
     """One message for all refused nodes."""
     lines = "\n".join(f"  {index}. {refusal}" for index, refusal in enumerate(refusals, 1))
@@ -180,7 +192,7 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
     with tempfile.TemporaryDirectory(prefix="trtbridge-", dir=_scratch_folder(size)) as name:
         folder = Path(name)
         try:
-            (folder / "model.onnx").write_bytes(make_parseable(segment.proto).SerializeToString())
+            (folder / "model.onnx").write_bytes(_parsed(flavour, segment).SerializeToString())
             entries = _write_weights(folder / "weights.bin", segment.weights)
         except OSError as error:
             raise BuildError(
@@ -201,6 +213,12 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
         )
         (folder / "job.json").write_text(json.dumps(vars(job)))
         yield folder
+
+
+def _parsed(flavour: Flavour, segment: Segment) -> onnx.ModelProto:
+    """The graph that the parser gets."""
+    proto = make_parseable(segment.proto)
+    return avoid_faults(proto) if flavour.name == "tensorrt_rtx" else proto
 
 
 def _scratch_folder(size_bytes: int) -> str | None:
@@ -300,14 +318,17 @@ def _suspects(segment: Segment) -> str:
     return "To find the node try convert(..., opset=20), another release of the library, or a part of the model."
 
 
-def _refusals(outcome: trt_build.Outcome, segment: Segment) -> list[Refusal]:
-    nodes = list(segment.proto.graph.node)
-    by_name = {node.name: node for node in nodes if node.name}
+def _refusals(flavour: Flavour, outcome: trt_build.Outcome, segment: Segment) -> list[Refusal]:
+    by_name = {node.name: node for node in segment.proto.graph.node if node.name}
+    by_output = {name: node for node in segment.proto.graph.node for name in node.output if name}
+    parsed = _parsed(flavour, segment).graph.node if outcome.refusals else ()
     types = _types_by_name(segment)
     found = []
     for entry in outcome.refusals:
         index = entry["index"]
-        node = by_name.get(entry["name"]) or (nodes[index] if 0 <= index < len(nodes) else None)
+        node = by_name.get(original_name(entry["name"]))
+        if node is None and 0 <= index < len(parsed):
+            node = by_output.get(original_name(next(filter(None, parsed[index].output), "")))
         if node is None:
             found.append(Refusal(entry["name"], entry["op"] or "?", (), entry["reason"]))
             continue

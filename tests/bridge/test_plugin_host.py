@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -60,6 +61,11 @@ class Input:
 
 
 X, Y = Input(0), Input(1)
+EMPTY = (  # what is said of a plugin without inputs, and of one with an empty input
+    "no inputs",
+    r"none \(batch, 0\) float may be empty",
+    r"found \(u0\) float may be empty",
+)
 
 
 def spec(name: str, *shape: int | str | None, dtype: ir.DataType = ir.DataType.FLOAT) -> TensorSpec:
@@ -186,8 +192,8 @@ def test_sizes_from_data_feed_layers_and_outputs() -> None:
 
 
 @pytest.mark.usefixtures("hosting")
-def test_many_nodes_constants_and_no_inputs() -> None:
-    """The same op many times, one plugin after another, initializers as inputs, and a node without any."""
+def test_many_nodes_and_constants() -> None:
+    """The same op many times, one plugin after another, and initializers as inputs."""
     x = spec("x", "batch", 4)
     nodes, before = [], x
     for index in range(4):
@@ -196,13 +202,25 @@ def test_many_nodes_constants_and_no_inputs() -> None:
         before = after
     weight, summed = spec("weight", 4), spec("summed", "batch", 4)
     nodes.append(node(plugin("aten::hypot.default", [before, weight], [summed], X, Y), [before, weight]))
-    drawn = spec("drawn", 4)
-    nodes.append(node(plugin("aten::rand.default", [], [drawn], [4]), []))
-    nodes.append(helper.make_node("Add", ["summed", "drawn"], ["out"]))
+    nodes.append(helper.make_node("Neg", ["summed"], ["out"]))
     values = helper.make_tensor("weight", onnx.TensorProto.FLOAT, [4], [1.0, 2.0, 3.0, 4.0])
     engine = build(segment(nodes, [x], [spec("out", "batch", 4)], [values]))
-    assert layers(engine).count("PLUGIN_V3") == 6
-    assert len(engine.info["plugins"]) == 6
+    assert layers(engine).count("PLUGIN_V3") == 5
+    assert len(engine.info["plugins"]) == 5
+
+
+def test_what_may_be_empty_or_has_no_input_stays_outside() -> None:
+    """An engine with such a plugin builds, and has been seen to fail when it ran."""
+    backend = get_backend("tensorrt_rtx")
+    drawn = plugin("aten::rand.default", [], [spec("drawn", 4)], [4])
+    none, found = spec("none", "batch", 0), TensorSpec.make("found", ir.DataType.FLOAT, ("u0",), {"u0": (0, 4, 8)})
+    refusals = [backend.plugin_refusal(drawn, ())]
+    for one in (none, found):
+        refusals.append(backend.plugin_refusal(plugin("aten::erfinv.default", [one], [one], X), (one,)))
+    # Where no plugin can be inside, that is the reason given.
+    if not backend.plugin_refusal(plugin("aten::erfinv.default", [spec("x", 4)], [spec("y", 4)], X), (spec("x", 4),)):
+        assert [bool(re.search(words, given)) for words, given in zip(EMPTY, refusals, strict=True)] == [True] * 3
+    assert all(refusals)
 
 
 @pytest.mark.usefixtures("hosting")

@@ -116,7 +116,7 @@ def selected(x: torch.Tensor) -> torch.Tensor:
 
 
 def behind_data(x: torch.Tensor) -> torch.Tensor:
-    """A plugin that reads a tensor whose size depends on data, in the same engine."""
+    """A plugin that reads a tensor whose size depends on data."""
     picked = torch.masked_select(x, x > 0)
     return torch.cummax(picked * 2, 0).values + 1
 
@@ -134,7 +134,6 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], Any], torch.dtype, float]] = {
     "int64": (integers, torch.float32, 0.0),
     "size from data among layers": (found, torch.float32, 1e-4),
     "size from data float16": (selected, HALF, 1e-2),
-    "a plugin behind a size from data": (behind_data, torch.float32, 1e-4),
 }
 
 
@@ -210,6 +209,19 @@ def test_nothing_found_is_an_empty_tensor(backend: str) -> None:
     assert converted(ones)[1].shape == (16 * 64, 3), "everything found fills all the room"
 
 
+def test_what_may_be_empty_stays_outside(backend: str) -> None:
+    """TensorRT does not run on empty tensors, and an engine with plugins has no other way."""
+    example = torch.randn(4, 8, 8, device="cuda")
+    with pytest.raises(tb.UnsupportedOpError, match=r"cummax[\s\S]*may be empty"):
+        convert(behind_data, example, backend, "engine")
+    converted = tb.convert(Fn(behind_data), (example,), dynamic_shapes={"x": {0: BATCH}}, backend=backend)
+    inside = [plugin["op"] for engine in converted.program.engines for plugin in engine.info["plugins"]]
+    assert inside == ["aten::masked_select.default"]
+    assert [call.op for call in converted.program.plugin_calls] == ["aten::cummax.default"]
+    for x in (example, torch.randn(7, 8, 8, device="cuda"), torch.zeros(3, 8, 8, device="cuda")):
+        close(converted(x), behind_data(x))
+
+
 def test_a_bound_that_is_exceeded_is_an_error(backend: str) -> None:
     converted = tb.convert(
         Fn(found),
@@ -217,7 +229,7 @@ def test_a_bound_that_is_exceeded_is_an_error(backend: str) -> None:
         dynamic_shapes={"x": {0: BATCH}},
         backend=backend,
         plugin_host="engine",
-        max_data_size=40,
+        output_shapes={1: {0: tb.Dim("found", max=40)}},
     )
     few = torch.zeros(4, 8, 8, device="cuda")
     few[0, 0] = 1

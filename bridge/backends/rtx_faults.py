@@ -1,0 +1,100 @@
+"""Graphs that TensorRT-RTX builds without a word and computes wrongly, in a form that it computes right.
+
+Both were seen with TensorRT-RTX 1.6.1 on an H200, in transformers' Mixtral and torchvision's Mask R-CNN, and an engine
+gives no sign of either (tests/gpu/test_rtx_faults.py). The other form computes the same, so it is taken always:
+
+* **Indices of a top-k in another order.** Behind attention the compiler keeps activations as (sequence, batch) where
+  the graph has (batch, sequence). The values of a TopK (ArgMax and ArgMin are one too) come back in the graph's order,
+  its indices do not. With one more axis in front of the TopK they do.
+* **A result that is never written.** Where slices of a tensor are joined again to what they were, the compiler drops
+  slices and join; if that tensor and the joined one are both results of the engine, it writes only one of them, and the
+  other is whatever was in memory. An Identity between the tensor and the result is enough.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+_TOP_K = ("TopK", "ArgMax", "ArgMin")
+_PARTS = ("Slice", "Split")
+_MOST_AXES = 7  # TensorRT has tensors of eight at most, and there is one more
+_FIRST_AXIS = "trtbridge.first_axis"
+_SUFFIX = ".trtbridge"
+
+
+def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model in a form that TensorRT-RTX computes right.
+
+    Args:
+        proto: a segment's graph; not changed.
+
+    Returns:
+        A changed copy, or `proto` itself where there is nothing to change. Nodes keep their names; those that are new
+        have the name of the one that they belong to with a suffix, which `original_name` takes off again.
+    """
+    graph = proto.graph
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in [*graph.value_info, *graph.input, *graph.output]
+        if value.type.tensor_type.HasField("shape")
+    }
+    lifted = {
+        index
+        for index, node in enumerate(graph.node)
+        if node.op_type in _TOP_K and not node.domain and ranks.get(node.input[0], 0) <= _MOST_AXES
+    }
+    parted = {node.input[0] for node in graph.node if node.op_type in _PARTS and not node.domain}
+    results = parted & {value.name for value in graph.output} & {name for node in graph.node for name in node.output}
+    if not lifted and not results:
+        return proto
+    copied = onnx.ModelProto()
+    copied.CopyFrom(proto)
+    nodes: list[onnx.NodeProto] = []
+    for index, node in enumerate(copied.graph.node):
+        nodes += _lift(node) if index in lifted else [node]
+    if lifted:
+        copied.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), _FIRST_AXIS))
+    nodes = [made for node in nodes for made in _apart(node, results)]
+    del copied.graph.node[:]
+    copied.graph.node.extend(nodes)
+    return copied
+
+
+def original_name(name: str) -> str:
+    """The name of a node of the graph before `avoid_faults` that a node of the graph after it belongs to."""
+    return name.partition(_SUFFIX)[0]
+
+
+def _lift(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """A top-k over one more axis, which is taken off its results again."""
+    inside = node.input[0] + f"{_SUFFIX}.{node.output[0] or node.output[1]}"
+    before = helper.make_node("Unsqueeze", [node.input[0], _FIRST_AXIS], [inside], f"{node.name}{_SUFFIX}.unsqueeze")
+    node.input[0] = inside
+    axis = next((attribute for attribute in node.attribute if attribute.name == "axis"), None)
+    if axis is None:
+        node.attribute.append(helper.make_attribute("axis", -1 if node.op_type == "TopK" else 1))
+    elif axis.i >= 0:
+        axis.i += 1
+    after = []
+    for position, name in enumerate(node.output):
+        if name:
+            node.output[position] = name + _SUFFIX
+            squeezed = f"{node.name}{_SUFFIX}.squeeze{position}"
+            after.append(helper.make_node("Squeeze", [name + _SUFFIX, _FIRST_AXIS], [name], squeezed))
+    return [before, node, *after]
+
+
+def _apart(node: onnx.NodeProto, results: set[str]) -> list[onnx.NodeProto]:
+    """A node that reads and makes results under another name, and Identity nodes that make the results of it."""
+    for position, name in enumerate(node.input):
+        if name in results:
+            node.input[position] = name + _SUFFIX
+    made = []
+    for position, name in enumerate(node.output):
+        if name in results:
+            node.output[position] = name + _SUFFIX
+            identity = f"{node.name}{_SUFFIX}.identity{position}"
+            made.append(helper.make_node("Identity", [name + _SUFFIX], [name], identity))
+    return [node, *made]

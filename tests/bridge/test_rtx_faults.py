@@ -1,0 +1,97 @@
+"""Graphs that TensorRT-RTX computes wrongly get another form, which gives the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import parser
+
+from trtbridge.bridge.backends.rtx_faults import avoid_faults, original_name
+
+X = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+
+FAULTY = {
+    "top-k": "v, i = TopK(x, k)",
+    "top-k by another axis": "v, i = TopK<axis = 0>(x, k)",
+    "indices alone": "w, i = TopK<axis = 1, largest = 0>(x, k) v = Gather<axis = 0>(w, zero)",
+    "argmax of the first axis": "i = ArgMax(x) v = Neg(x)",
+    "argmin without the axis": "i = ArgMin<axis = -1, keepdims = 0>(x) v = Neg(x)",
+    "a result read by slices": (
+        "v = Neg(x) a = Slice(v, zero, k, one) b = Slice(v, k, five, one) i = Concat<axis = 1>(a, b)"
+    ),
+    "a result that is split": "v = Neg(x) a, b = Split<axis = 1>(v, parts) i = Concat<axis = 1>(a, b)",
+}
+FINE = {
+    "no result": "n = Neg(x) a = Slice(n, zero, k, one) v = Exp(a) i = Neg(n)",
+    "an input": "v = Slice(x, zero, k, one) i = Neg(x)",
+    "eight axes": "u = Reshape(x, long) w, j = TopK(u, one) v = Neg(w) i = Neg(j)",
+}
+
+
+def model(body: str) -> onnx.ModelProto:
+    text = f"""<ir_version: 10, opset_import: ["" : 20]> g (float[3,5] x) => (v, i)
+    <int64[1] k = {{2}}, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] five = {{5}}, int64[2] parts = {{2, 3}},
+    int64[8] long = {{1, 1, 1, 1, 1, 1, 3, 5}}> {{ {body} }}"""
+    found = onnx.shape_inference.infer_shapes(parser.parse_model(text))
+    for number, node in enumerate(found.graph.node):
+        node.name = f"node{number}"
+    return found
+
+
+def run(proto: onnx.ModelProto) -> list[np.ndarray]:
+    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {"x": X}
+    )
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_same_numbers_in_another_form(name: str) -> None:
+    before = model(FAULTY[name])
+    kept = before.SerializeToString()
+    after = avoid_faults(before)
+    assert before.SerializeToString() == kept
+    onnx.checker.check_model(after, full_check=True)
+    for ours, theirs in zip(run(after), run(before), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    ranks = {
+        v.name: len(v.type.tensor_type.shape.dim) for v in onnx.shape_inference.infer_shapes(after).graph.value_info
+    }
+    outputs = {value.name for value in after.graph.output}
+    for node in after.graph.node:
+        if node.op_type in ("TopK", "ArgMax", "ArgMin"):
+            assert ranks[node.input[0]] == 3
+        if node.op_type in ("Slice", "Split"):
+            assert node.input[0] not in outputs
+    names = [node.name for node in before.graph.node]
+    assert {original_name(node.name) for node in after.graph.node} == set(names)
+    assert [node.name for node in after.graph.node if node.name in names] == names
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_the_rest_is_left_alone(name: str) -> None:
+    proto = model(FINE[name])
+    assert avoid_faults(proto) is proto
+
+
+def test_builds() -> None:
+    """TensorRT-RTX takes the other form, and an origin is still found for what it refuses."""
+    pytest.importorskip("tensorrt_rtx")
+    import torch
+
+    import trtbridge as tb
+
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            weights, experts = torch.topk(self.gate(x).softmax(-1), 2)
+            first = torch.argmax(x)  # of one dimension, which the parser takes with one more
+            return weights / weights.sum(-1, keepdim=True), experts, first
+
+    converted = tb.convert(Router().eval(), (torch.randn(6, 8),), backend="tensorrt_rtx")
+    assert len(converted.program.engines) == 1
