@@ -16,12 +16,13 @@ from ..nodes import DOMAIN, REASON_KEY
 from .arguments import Arguments, collect
 from .dims import Range, Size
 from .dtypes import from_torch
-from .graft import call_translation, graft_calls, opaque_calls
+from .graft import graft_calls, opaque_calls
 from .model import INLINE_LIMIT_BYTES, ORIGIN_KEY, OnnxModel, Origin, Signature, TensorSpec, make_stand_in
 from .origins import compact_origins, strip_prefix
 from .simplify import simplify
 from .structure import Structure
 from .trace import MODULE, left_as_found, quiet, shorten, trace_module
+from .translate_calls import call_translation
 from .untranslatable import (
     alike_calls,
     blamed_calls,

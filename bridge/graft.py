@@ -11,21 +11,16 @@ import copy
 import json
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import onnx
-import onnx_ir as ir
 import torch
-from onnxscript import evaluator
 from torch.fx.experimental.symbolic_shapes import CallMethodKey
 from torch.utils._pytree import SequenceKey
 
 from ..errors import PluginError
-from ..nodes import CALL_ATTRIBUTE, DOMAIN, OP_ATTRIBUTE
 from ..plugins.calls import encode, stated_results
-from ..plugins.registry import call_op, find_op, node_type, op_name
+from ..plugins.registry import call_op, find_op, op_name
 from ..plugins.sizes import names_in
 from .subprogram import as_program_call
 
@@ -33,14 +28,6 @@ logger = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("trtbridge", "FRAGMENT")
 _LIBRARY.define("call(str op, str template, Tensor[] tensors, SymInt[] numbers) -> Tensor[]")
-
-_TENSOR_TYPES = tuple(
-    f"tensor({name})"
-    for name in (
-        "float", "float16", "bfloat16", "double", "bool", "int8", "int16", "int32", "int64",
-        "uint8", "uint16", "uint32", "uint64", "float8e4m3fn", "float8e5m2", "complex64", "complex128",
-    )
-)  # fmt: skip
 
 
 def _fake_call(op: str, template: str, tensors: Sequence[torch.Tensor], numbers: Sequence[Any]) -> list[torch.Tensor]:
@@ -377,40 +364,3 @@ def opaque_calls(program: torch.export.ExportedProgram) -> dict[str, str]:
         for node in program.graph_module.graph.nodes
         if node.op == "call_function" and node.target is CALL
     }
-
-
-def call_translation() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The ``custom_translation_table`` that makes plugin nodes of ``trtbridge::call``."""
-    return {CALL: _translate}
-
-
-def _translate(op: str, template: str, tensors: Sequence[Any], numbers: Sequence[Any] = ()) -> list[Any]:
-    outputs = json.loads(template)["outputs"]
-    # Numbers that the graph computes are values here; those known by now are constants.
-    inputs = [value if isinstance(value, ir.Value) else np.array(value, np.int64) for value in (*tensors, *numbers)]
-    made = evaluator.default().eval(  # type: ignore[attr-defined]
-        _node_schema(node_type(op), len(inputs), outputs), inputs, {OP_ATTRIBUTE: op, CALL_ATTRIBUTE: template}
-    )
-    return list(made) if isinstance(made, (tuple, list)) else [made]
-
-
-def _node_schema(name: str, inputs: int, outputs: int) -> onnx.defs.OpSchema:
-    """A schema that fixes a plugin node's number of outputs; never registered, so nothing global changes."""
-    schema = onnx.defs.OpSchema
-    variadic = schema.FormalParameter(
-        "inputs", "T", param_option=schema.FormalParameterOption.Variadic, is_homogeneous=False, min_arity=1
-    )
-    return schema(
-        name,
-        DOMAIN,
-        1,
-        inputs=[variadic] if inputs else [],
-        outputs=[schema.FormalParameter(f"output{i}", f"T{i}") for i in range(outputs)],
-        type_constraints=[
-            (name, list(_TENSOR_TYPES), "") for name in (*(["T"] if inputs else []), *(f"T{i}" for i in range(outputs)))
-        ],
-        attributes=[
-            schema.Attribute(OP_ATTRIBUTE, schema.AttrType.STRING),
-            schema.Attribute(CALL_ATTRIBUTE, schema.AttrType.STRING),
-        ],
-    )

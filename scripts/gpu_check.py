@@ -82,13 +82,12 @@ def run(options: argparse.Namespace, scratch: Path) -> Record:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(merge(records), indent=1))
 
+    spread = ["-n", str(options.workers)] if importlib.util.find_spec("xdist") and options.workers > 1 else []
     if "runtime" in parts:
-        spread = ["-n", str(options.workers)] if importlib.util.find_spec("xdist") and options.workers > 1 else []
         path = scratch / "runtime.json"
         records.append(run_pytest(["test_runtime.py"], [*spread, *options.pytest_options], environment, path))
         keep()
     if "plugins" in parts:
-        spread = ["-n", str(options.workers)] if importlib.util.find_spec("xdist") and options.workers > 1 else []
         path = scratch / "plugins.json"
         files = ["test_rtx_faults.py", "test_fallbacks.py", "test_shipped_ops.py", "test_plugin_models.py"]
         records.append(run_pytest(files, [*spread, *options.pytest_options], environment, path))
@@ -101,7 +100,7 @@ def run(options: argparse.Namespace, scratch: Path) -> Record:
         newest = os.environ.get("GPU_SITE_PLUGINS")  # where the newest parser stands beside an older runtime
         site = os.pathsep.join(filter(None, [newest, environment.get("PYTHONPATH")]))
         hosting = dict(environment, PYTHONPATH=site) if newest else environment
-        records.append(run_pytest(["test_plugin_host.py"], options.pytest_options, hosting, path))
+        records.append(run_pytest(["test_plugin_host.py"], [*spread, *options.pytest_options], hosting, path))
         keep()
     if "models" in parts:
         folder = options.prebuilt or scratch / "prebuilt"

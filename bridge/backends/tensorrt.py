@@ -72,7 +72,7 @@ class TensorRtBackend:
         find_capabilities(self.flavour, options.compute_capabilities)
 
     def plugin_refusal(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
-        refusal = _hosting_refusal(self.name) or _empty_refusal(input_specs)
+        refusal = _hosting_refusal(self.name) or _empty_refusal(call, input_specs)
         if refusal:
             return refusal
         try:
@@ -155,13 +155,16 @@ def _hosting_refusal(name: str) -> str:
     )
 
 
-def _empty_refusal(inputs: Sequence[TensorSpec]) -> str:
-    """Why a plugin on such inputs cannot be inside an engine: engines with plugins have no way around empty ones."""
+def _empty_refusal(call: PluginCall, inputs: Sequence[TensorSpec]) -> str:
+    """Why a plugin on such tensors cannot be inside an engine: engines with plugins have no way around empty ones."""
     if not inputs:
         return "it has no inputs, and TensorRT runs no plugin without one"
     for spec in inputs:
         if any(bounds is not None and bounds[0] == 0 for bounds in spec.ranges) or 0 in spec.shape:
             return f"its input {spec.name} {spec.type_text} may be empty, which TensorRT does not run on"
+    for made in call.output_specs:
+        if made is not None and 0 in made.shape:
+            return f"its output {made.name} {made.type_text} is empty, which TensorRT does not run on"
     return ""
 
 

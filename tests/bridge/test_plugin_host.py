@@ -61,10 +61,11 @@ class Input:
 
 
 X, Y = Input(0), Input(1)
-EMPTY = (  # what is said of a plugin without inputs, and of one with an empty input
+EMPTY = (  # what is said of a plugin without inputs, and of one on empty tensors
     "no inputs",
     r"none \(batch, 0\) float may be empty",
     r"found \(u0\) float may be empty",
+    r"pairs \(0\) float is empty",
 )
 
 
@@ -217,9 +218,11 @@ def test_what_may_be_empty_or_has_no_input_stays_outside() -> None:
     refusals = [backend.plugin_refusal(drawn, ())]
     for one in (none, found):
         refusals.append(backend.plugin_refusal(plugin("aten::erfinv.default", [one], [one], X), (one,)))
+    single, pairs = spec("single", 1, 4), spec("pairs", 0)
+    refusals.append(backend.plugin_refusal(plugin("aten::pdist.default", [single], [pairs], X), (single,)))
     # Where no plugin can be inside, that is the reason given.
     if not backend.plugin_refusal(plugin("aten::erfinv.default", [spec("x", 4)], [spec("y", 4)], X), (spec("x", 4),)):
-        assert [bool(re.search(words, given)) for words, given in zip(EMPTY, refusals, strict=True)] == [True] * 3
+        assert [bool(re.search(words, given)) for words, given in zip(EMPTY, refusals, strict=True)] == [True] * 4
     assert all(refusals)
 
 
