@@ -236,7 +236,7 @@ def _data_dims(program: torch.export.ExportedProgram, names: Mapping[str, str]) 
         if name in names or not name.startswith("u"):
             continue
         if bounds.upper < _NO_BOUND:  # without a bound it is infinite
-            low, high = max(0, int(bounds.lower)), int(bounds.upper)
+            low, high = int(max(0, bounds.lower)), int(bounds.upper)  # the lower one may be infinite
             found[name] = (low, max(1, low, high // 2), high)
     return found
 

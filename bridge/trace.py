@@ -17,6 +17,7 @@ import torch
 
 from ..errors import DynamicShapeError, ExportError
 from .arguments import Arguments, trace_tensors
+from .assertions import drop_truth_checks
 from .guards import guards_always_hold
 from .opaque import FailureFinder, Opaque, OpaqueCaller, ResultRecorder, can_be_opaque
 from .origins import user_frame
@@ -107,6 +108,7 @@ def trace_module(
                     raise _explain_trace(error, name, arguments) from error
 
     program = trace_somehow()
+    drop_truth_checks(program)
     if not program.graph_signature.user_outputs:
         raise ExportError(f"{name} returns no tensor, so there is nothing for an engine to compute.")
     for effect in side_effects(program, arguments.labels, MODULE):

@@ -272,7 +272,9 @@ def _first_wrong_call(
     targets = {name: str(node.target) for name, node in nodes_by_name.items()}
     errors: dict[str, float] = {}
     for call, node in nodes_by_name.items():
+        before = max((errors.get(name, 0.0) for name in _inputs_of(node)), default=0.0)
         if call not in recorder.values or call not in outside:
+            errors[call] = before  # not seen, so at least this
             continue
         index_op = targets[call].split(".")[1] in _INDEX_OPS if "." in targets[call] else False
         wanted = [t for t in recorder.values[call] if t.is_floating_point() or not index_op]
@@ -280,8 +282,11 @@ def _first_wrong_call(
         pairs = [(a, b) for a in mine for b in wanted if a.shape == b.shape and a.dtype == b.dtype]
         if len(wanted) == 1 and not pairs:  # a result of the wrong shape
             pairs = [(seen[name], wanted[0]) for name in outside[call] if name in results and name in seen]
-        errors[call] = own = min((relative_error(a, b) for a, b in pairs), default=0.0)
-        before = max((errors.get(name, 0.0) for name in _inputs_of(node)), default=0.0)
+        own = min((relative_error(a, b) for a, b in pairs), default=0.0)
+        # Indices that may be others are passed on like an error all the same.
+        free = [t for t in recorder.values[call] if index_op and not t.is_floating_point()]
+        moved = [relative_error(a, b) for a in mine for b in free if a.shape == b.shape and a.dtype == b.dtype]
+        errors[call] = max(own, min(moved, default=0.0))
         if pairs and all(differ(a, b) for a, b in pairs) and own > _GROWTH * before:
             reason = f"its ONNX translation is wrong: {differ(*pairs[0])} on the example"
             return {call: reason}

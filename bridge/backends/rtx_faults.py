@@ -6,9 +6,9 @@ gives no sign of either (tests/gpu/test_rtx_faults.py). The other form computes 
 * **Indices of a top-k in another order.** Behind attention the compiler keeps activations as (sequence, batch) where
   the graph has (batch, sequence). The values of a TopK (ArgMax and ArgMin are one too) come back in the graph's order,
   its indices do not. With one more axis in front of the TopK they do.
-* **A result that is never written.** Where slices of a tensor are joined again to what they were, the compiler drops
-  slices and join; if that tensor and the joined one are both results of the engine, it writes only one of them, and the
-  other is whatever was in memory. An Identity between the tensor and the result is enough.
+* **A result that is never written.** Where one result of the engine is another one with its elements moved (joined
+  again from slices, or reshaped to the shape that it has), the compiler drops the moves and writes only one of the two;
+  the other is whatever was in memory. An Identity between the tensor and the first result is enough.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 _TOP_K = ("TopK", "ArgMax", "ArgMin")
-_PARTS = ("Slice", "Split")
+_MOVES = {
+    "Cast", "Concat", "Expand", "Flatten", "Gather", "GatherND", "Identity", "Reshape", "Slice", "Split", "Squeeze",
+    "Transpose", "Unsqueeze",
+}  # fmt: skip
 _MOST_AXES = 7  # TensorRT has tensors of eight at most, and there is one more
 _FIRST_AXIS = "trtbridge.first_axis"
 _SUFFIX = ".trtbridge"
@@ -45,8 +48,7 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
         for index, node in enumerate(graph.node)
         if node.op_type in _TOP_K and not node.domain and ranks.get(node.input[0], 0) <= _MOST_AXES
     }
-    parted = {node.input[0] for node in graph.node if node.op_type in _PARTS and not node.domain}
-    results = parted & {value.name for value in graph.output} & {name for node in graph.node for name in node.output}
+    results = _moved_results(graph)
     if not lifted and not results:
         return proto
     copied = onnx.ModelProto()
@@ -65,6 +67,17 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
 def original_name(name: str) -> str:
     """The name of a node of the graph before `avoid_faults` that a node of the graph after it belongs to."""
     return name.partition(_SUFFIX)[0]
+
+
+def _moved_results(graph: onnx.GraphProto) -> set[str]:
+    """The results whose elements are another result too, moved."""
+    results = {value.name for value in graph.output}
+    reaches: dict[str, bool] = {}  # by tensor: whether some result comes of moving it
+    for node in reversed(graph.node):
+        if node.op_type in _MOVES and not node.domain and any(n in results or reaches.get(n) for n in node.output):
+            reaches.update(dict.fromkeys(node.input, True))
+    made = {name for node in graph.node for name in node.output}
+    return {name for name in results & made if reaches.get(name)}
 
 
 def _lift(node: onnx.NodeProto) -> list[onnx.NodeProto]:

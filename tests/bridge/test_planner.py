@@ -16,6 +16,7 @@ from torch._higher_order_ops.map import map as torch_map
 import trtbridge as tb
 from trtbridge.bridge.backends import get_backend
 from trtbridge.bridge.convert import make_planner
+from trtbridge.bridge.export import trace
 from trtbridge.bridge.options import Options
 
 
@@ -117,6 +118,42 @@ def test_wrong_exports_are_caught(case: str, assert_same: Callable[..., None]) -
     with torch.no_grad():
         changed = tuple(t + 0.25 if t.is_floating_point() else t for t in args)
         assert_same(fast(*changed), model(*changed), rtol=1e-3, atol=1e-4)
+
+
+def test_the_order_of_equal_values_blames_no_call(caplog: pytest.LogCaptureFixture) -> None:
+    """Which of equal values a top-k takes is free, and so is all that is read by its indices."""
+    table = torch.randn(1, 64, 3)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        indices = torch.topk(x, 5).indices
+        return table.gather(1, (indices * 1).unsqueeze(-1).repeat(1, 1, 3)) * 2
+
+    x = torch.ones(1, 64)
+    assert torch.topk(x, 5).indices.tolist() != [[0, 1, 2, 3, 4]], "ONNX Runtime takes the first ones"
+    fast = tb.convert(_module(function), (x,), backend="onnxruntime")
+    assert not fast.program.plugin_calls
+    assert "no single call is to blame" in caplog.text
+    x = torch.randn(1, 64)
+    torch.testing.assert_close(fast(x), function(x))
+
+
+def test_truth_checks_leave_the_program() -> None:
+    """torch 2.11 cannot trace them again, and no engine makes them; what they check goes with them."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        torch._check((x > -100).all().item())
+        count = (x > 0).sum().item()
+        torch._check(count >= 0)
+        torch._check(count <= 24)
+        return torch.arange(count, device=x.device) * 2
+
+    traced = trace(_module(function), (torch.randn(4, 6),), {})
+    targets = [str(node.target) for node in traced.program.graph.nodes]
+    assert targets.count("aten.item.default") == 1
+    assert "aten._assert_scalar.default" in targets, "those about the number stay"
+    fast = tb.convert(_module(function), (torch.randn(4, 6),), backend="onnxruntime")
+    x = torch.randn(4, 6)
+    assert torch.equal(fast(x), function(x))
 
 
 def test_an_unchecked_export_is_as_wrong_as_torchs() -> None:

@@ -21,10 +21,13 @@ FAULTY = {
     "a result read by slices": (
         "v = Neg(x) a = Slice(v, zero, k, one) b = Slice(v, k, five, one) i = Concat<axis = 1>(a, b)"
     ),
+    "a result in another shape": "v = Neg(x) i = Reshape<allowzero = 1>(v, shape)",
+    "a result moved twice": "v = Neg(x) a = Transpose(v) i = Reshape(a, shape)",
     "a result that is split": "v = Neg(x) a, b = Split<axis = 1>(v, parts) i = Concat<axis = 1>(a, b)",
 }
 FINE = {
     "no result": "n = Neg(x) a = Slice(n, zero, k, one) v = Exp(a) i = Neg(n)",
+    "another result by more than moves": "v = Neg(x) a = Slice(v, zero, k, one) i = Exp(a)",
     "an input": "v = Slice(x, zero, k, one) i = Neg(x)",
     "eight axes": "u = Reshape(x, long) w, j = TopK(u, one) v = Neg(w) i = Neg(j)",
 }
@@ -33,7 +36,7 @@ FINE = {
 def model(body: str) -> onnx.ModelProto:
     text = f"""<ir_version: 10, opset_import: ["" : 20]> g (float[3,5] x) => (v, i)
     <int64[1] k = {{2}}, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] five = {{5}}, int64[2] parts = {{2, 3}},
-    int64[8] long = {{1, 1, 1, 1, 1, 1, 3, 5}}> {{ {body} }}"""
+    int64[8] long = {{1, 1, 1, 1, 1, 1, 3, 5}}, int64[2] shape = {{3, 5}}> {{ {body} }}"""
     found = onnx.shape_inference.infer_shapes(parser.parse_model(text))
     for number, node in enumerate(found.graph.node):
         node.name = f"node{number}"
@@ -63,7 +66,7 @@ def test_same_numbers_in_another_form(name: str) -> None:
     for node in after.graph.node:
         if node.op_type in ("TopK", "ArgMax", "ArgMin"):
             assert ranks[node.input[0]] == 3
-        if node.op_type in ("Slice", "Split"):
+        if node.op_type in ("Slice", "Split", "Reshape", "Transpose"):
             assert node.input[0] not in outputs
     names = [node.name for node in before.graph.node]
     assert {original_name(node.name) for node in after.graph.node} == set(names)

@@ -59,3 +59,20 @@ def test_a_result_that_is_joined_again(backend: str, device: torch.device) -> No
         boxes, keep = torch.rand(87, 4, device=device), torch.randperm(87, device=device)[:79]
         for got, expected in zip(converted(boxes, keep), module(boxes, keep), strict=True):
             assert torch.equal(got, expected)
+
+
+class Twice(torch.nn.Module):
+    """A result, and the same in the shape that it has."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        first = F.layer_norm(x, (64,))[:, 0] * 2
+        return first, first.reshape(-1, 64), first.reshape(-1, 64) @ first.T
+
+
+def test_a_result_in_the_same_shape(backend: str, device: torch.device) -> None:
+    module, x = Twice(), torch.randn(2, 17, 64, device=device)
+    converted = tb.convert(module, (x,), backend=backend)
+    for _ in range(3):
+        x = torch.randn(2, 17, 64, device=device)
+        for got, expected in zip(converted(x), module(x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
