@@ -1,6 +1,7 @@
 """What the ops that ship cost on a GPU: the Triton kernels beside the references in plain torch, and beside others.
 
     python scripts/bench_plugins.py [--ops NAME ...] [--repeats 7] [--dtypes float16 float32] [--json FILE]
+    python scripts/bench_plugins.py --render FILE ...       docs/bench-plugins.md, of the records of one or more runs
 
 Per op, size and dtype: milliseconds of one call of the reference, of the op, of the op replayed from a CUDA graph (as a
 converted model runs it), and of another implementation where one is at hand: F.grid_sample per level for deformable
@@ -14,6 +15,7 @@ Exit status: 0 the op is faster than its reference everywhere, 1 it is not, or a
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import importlib.util
 import json
 import math
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 
 from trtbridge.plugins import batched_nms, deformable_attention, deformable_convolution, selective_scan
 
+ROOT = Path(__file__).resolve().parent.parent
 BATCH_MS = 5.0
 """About how long a batch of calls between two events takes."""
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -267,6 +270,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def page(records: list[dict[str, Any]]) -> str:
+    """docs/bench-plugins.md: one table a run."""
+    lines = [
+        "# The ops that ship, against their torch references",
+        "",
+        "Written by `scripts/bench_plugins.py` from what it measured on a GPU; not edited by hand. Milliseconds of one",
+        "call: medians, the variants in turn in one run, between two CUDA events. *ratio* is the reference over the",
+        "op; *another* is an implementation that is at hand elsewhere. Plain calls of small sizes are as slow as the host,",
+        "which had other work in some of these runs; a replay from a CUDA graph is how a converted model runs them.",
+    ]
+    for record in records:
+        about = ", ".join(f"{key} {value}" for key, value in record.items() if key != "rows")
+        lines += ["", f"## {', '.join(dict.fromkeys(row['op'] for row in record['rows']))}", "", about + ".", ""]
+        lines.append(table(record["rows"]))
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -278,7 +298,12 @@ def main() -> int:
         "--repeats", type=int, default=7, help="batches of calls of each variant (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, help="write the rows there, too")
+    parser.add_argument("--render", type=Path, nargs="+", metavar="FILE", help="only write the page, of these records")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench-plugins.md", help="the page")
     options = parser.parse_args()
+    if options.render:
+        options.out.write_text(page([json.loads(path.read_text()) for path in options.render]))
+        return 0
     if not torch.cuda.is_available():
         print(
             f"bench_plugins: torch {torch.__version__} sees no CUDA device; this benchmark needs one", file=sys.stderr
@@ -291,7 +316,13 @@ def main() -> int:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
+    about = {
+        "date": today,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
     rows: list[dict[str, Any]] = []
     for name in options.ops:
         for dtype in (getattr(torch, text) for text in options.dtypes):

@@ -76,6 +76,12 @@ def _totals(records: Sequence[Record]) -> list[str]:
         seconds = f", {record['seconds']} s" if "seconds" in record else ""
         title = f"Run {number}: " if len(records) > 1 else ""
         lines.append(f"- {title}{where['date']}, Python {where['python']}, {versions}; {ran}{host}{seconds}.")
+        outside = sum(map(_kept_out, record["ops"].values()))
+        if outside:
+            lines.append(
+                f"  Of those that failed {outside} cannot be inside an engine, as convert() says with the reason; by "
+                "default (plugin_host='auto') they run between engines."
+            )
     head = ["run"] if len(records) > 1 else []
     lines += ["", *_header([*head, "backend", "ops", *OUTCOMES, "right"])]
     for number, record in enumerate(records, 1):
@@ -95,6 +101,12 @@ def _totals(records: Sequence[Record]) -> list[str]:
     words = "bare torch.onnx.export, parser and builder"
     lines.append(_row([*([""] if head else []), words, total, right, "", "", total - right, _percent(right, total)]))
     return lines
+
+
+def _kept_out(op: Mapping[str, Any]) -> bool:
+    """Whether all that went wrong is that an engine cannot hold the plugin, where it was told to."""
+    failed = [found for found in op.get("backends", {}).values() if found["outcome"] == "failed"]
+    return bool(failed) and all("plugin(s) inside an engine" in found.get("words", "") for found in failed)
 
 
 def _percent(part: int, whole: int) -> str:
