@@ -277,8 +277,8 @@ def page(records: list[dict[str, Any]]) -> str:
         "",
         "Written by `scripts/bench_plugins.py` from what it measured on a GPU; not edited by hand. Milliseconds of one",
         "call: medians, the variants in turn in one run, between two CUDA events. *ratio* is the reference over the",
-        "op; *another* is an implementation that is at hand elsewhere. Plain calls of small sizes are as slow as the host,",
-        "which had other work in some of these runs; a replay from a CUDA graph is how a converted model runs them.",
+        "op; *another* is an implementation that is at hand elsewhere. Plain calls of small sizes are as slow as the",
+        "host, which had other work in some of these runs; a converted model can replay them from a CUDA graph.",
     ]
     for record in records:
         about = ", ".join(f"{key} {value}" for key, value in record.items() if key != "rows")
