@@ -85,7 +85,9 @@ def find_wrong_calls(traced: ExportedModule, model: OnnxModel, plan: Plan) -> di
             if not found:
                 logger.warning("the export cannot be checked in ONNX Runtime: %s", error)
             return found
-    wrong = [index for index, (mine, wanted) in enumerate(zip(actual, expected, strict=True)) if differ(mine, wanted)]
+    coarsest = _coarsest(traced)
+    differences = [differ(mine, wanted, coarsest) for mine, wanted in zip(actual, expected, strict=True)]
+    wrong = [index for index, words in enumerate(differences) if words]
     if not wrong:
         return {}
     found = _first_wrong_call(interpreter, model, plan, inputs)
@@ -95,7 +97,7 @@ def find_wrong_calls(traced: ExportedModule, model: OnnxModel, plan: Plan) -> di
             "to blame. If the model draws random numbers or is chaotic that is expected; else compare the results.",
             traced.name,
             ", ".join(map(str, wrong)),
-            "; ".join(differ(actual[index], expected[index]) for index in wrong),
+            "; ".join(differences[index] for index in wrong),
         )
     return found
 
@@ -117,8 +119,14 @@ def relative_error(mine: torch.Tensor, wanted: torch.Tensor) -> float:
     return max(error / size if size else float(error > 0), 0.0 if same else 1.0)
 
 
-def differ(mine: torch.Tensor, wanted: torch.Tensor) -> str:
-    """How two results differ beyond rounding, "" where they do not."""
+def differ(mine: torch.Tensor, wanted: torch.Tensor, coarsest: torch.dtype = torch.float32) -> str:
+    """How two results differ beyond rounding, "" where they do not.
+
+    Args:
+        mine, wanted: the results.
+        coarsest: the dtype whose rounding they may hold: a result in float32 is no better than the half precision that
+            it was computed from.
+    """
     mine, wanted = mine.detach().cpu(), wanted.detach().cpu()
     if mine.shape != wanted.shape:
         return f"shape {tuple(mine.shape)} instead of {tuple(wanted.shape)}"
@@ -135,7 +143,7 @@ def differ(mine: torch.Tensor, wanted: torch.Tensor) -> str:
     finite = torch.isfinite(a) & torch.isfinite(b)
     a, b = a[finite], b[finite]
     error, size = float((a - b).norm()), float(b.norm())
-    limit = _TOLERANCE.get(wanted.dtype, 1e-1)
+    limit = max(_TOLERANCE.get(dtype, 1e-1) for dtype in (wanted.dtype, coarsest))
     if error > limit * size and error > 1e-5 * max(1, b.numel()) ** 0.5:
         return f"relative error {error / size if size else float('inf'):.2g}"
     # A few huge values hide wrong small ones from the norm.
@@ -144,6 +152,13 @@ def differ(mine: torch.Tensor, wanted: torch.Tensor) -> str:
     if int(far.sum()) > 0.01 * b.numel():
         return f"{int(far.sum())} of {b.numel()} values differ by up to {float((a - b).abs()[far].max()):.2g}"
     return ""
+
+
+def _coarsest(traced: ExportedModule) -> torch.dtype:
+    """The float dtype of the least precision among a module's weights and arguments."""
+    tensors = [*traced.program.state_dict.values(), *traced.program.constants.values(), *traced.arguments.tensors]
+    dtypes = {t.dtype for t in tensors if isinstance(t, torch.Tensor) and t.dtype in _TOLERANCE}
+    return max(dtypes, key=lambda dtype: _TOLERANCE[dtype], default=torch.float32)
 
 
 class _Recorder(torch.fx.Interpreter):
@@ -268,6 +283,7 @@ def _first_wrong_call(
     except TrtBridgeError as error:
         logger.info("the intermediate results cannot be had from ONNX Runtime: %s", error)
         return {}
+    coarsest = _coarsest(recorder.traced)
     nodes_by_name = {node.name: node for node in recorder.traced.program.graph.nodes}
     targets = {name: str(node.target) for name, node in nodes_by_name.items()}
     errors: dict[str, float] = {}
@@ -287,8 +303,8 @@ def _first_wrong_call(
         free = [t for t in recorder.values[call] if index_op and not t.is_floating_point()]
         moved = [relative_error(a, b) for a in mine for b in free if a.shape == b.shape and a.dtype == b.dtype]
         errors[call] = max(own, min(moved, default=0.0))
-        if pairs and all(differ(a, b) for a, b in pairs) and own > _GROWTH * before:
-            reason = f"its ONNX translation is wrong: {differ(*pairs[0])} on the example"
+        if pairs and all(differ(a, b, coarsest) for a, b in pairs) and own > _GROWTH * before:
+            reason = f"its ONNX translation is wrong: {differ(*pairs[0], coarsest)} on the example"
             return {call: reason}
     return {}
 

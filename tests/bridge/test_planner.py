@@ -137,6 +137,27 @@ def test_the_order_of_equal_values_blames_no_call(caplog: pytest.LogCaptureFixtu
     torch.testing.assert_close(fast(x), function(x))
 
 
+def test_results_in_float32_of_a_half_model_are_not_held_to_float32(caplog: pytest.LogCaptureFixture) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(12)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layers(x).float()
+            return (y - y.mean(0)) * 2  # what is left of the numbers has lost digits
+
+    model, x = Model().half().eval(), torch.randn(8, 64).half()
+    fast = tb.convert(model, (x,), backend="onnxruntime")
+    assert not fast.program.plugin_calls
+    assert "exported graph gives other numbers" not in caplog.text
+    exact = fast(x).double()
+    with torch.no_grad():
+        error = (exact - model(x).double()).norm() / exact.norm()
+    assert 1e-3 < float(error) < 3e-2, "more than float32 is held to, or the test says nothing"
+
+
 def test_truth_checks_leave_the_program() -> None:
     """torch 2.11 cannot trace them again, and no engine makes them; what they check goes with them."""
 
