@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+DATA_SIZES = (1024, 64)
+"""Bounds for sizes that depend on data, tried in turn where the backend asks for one (``max_data_size``)."""
+
 MATCH, SHAPES, UNSTABLE = "match", "shapes only", "unstable"
 GOOD = (MATCH, SHAPES, UNSTABLE)
 STAGES = {
@@ -36,7 +39,8 @@ class Outcome:
         source, name, backend, dtype: which.
         stage: a key of STAGES.
         words: for a failure the first lines of its message; for torch.export its own.
-        note: of the recipe: the timm model's name, or that only text went in.
+        note: of the recipe: the timm model's name, or that only text went in; and the bound of sizes that depend on
+            data, where the backend asked for one.
         inputs: arguments with their shapes.
         parameters: number of them.
         segments, plugins: engines, and plugin calls between or inside them by op with their number.
@@ -147,7 +151,13 @@ def _convert(
     import trtbridge as tb
 
     started = time.perf_counter()
-    converted = tb.convert(module, args, kwargs, backend=backend, device=device)
+    try:
+        converted = tb.convert(module, args, kwargs, backend=backend, device=device)
+    except tb.DynamicShapeError as error:
+        if "max_data_size" not in str(error):
+            raise
+        converted, most = _convert_bounded(module, args, kwargs, backend, device)
+        outcome.note = ", ".join(filter(None, (outcome.note, f"max_data_size={most}")))
     outcome.seconds["convert"] = round(time.perf_counter() - started, 2)
     program = converted.program
     outcome.segments = len(program.engines)
@@ -155,6 +165,21 @@ def _convert(
     calls += [plugin["op"] for engine in program.engines for plugin in engine.info.get("plugins", ())]
     outcome.plugins = {op: calls.count(op) for op in sorted(set(calls))}
     return converted
+
+
+def _convert_bounded(
+    module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: str, device: Any
+) -> tuple[Any, int]:
+    """Converted with the first bound that goes, and that bound: engines for the larger may be too large to build."""
+    import trtbridge as tb
+
+    for most in DATA_SIZES[:-1]:
+        try:
+            return tb.convert(module, args, kwargs, backend=backend, device=device, max_data_size=most), most
+        except tb.TrtBridgeError:
+            continue
+    most = DATA_SIZES[-1]
+    return tb.convert(module, args, kwargs, backend=backend, device=device, max_data_size=most), most
 
 
 def _refusal(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

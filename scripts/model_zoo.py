@@ -13,25 +13,17 @@ import inspect
 import itertools
 import json
 import re
+import sys
 import warnings
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from model_zoo_inputs import (
-    BATCH,
-    LAST_PLAIN_TOKEN,
-    VOCABULARY,
-    NoRecipeError,
-    input_sets,
-    pictures,
-    try_inputs,
-)
+from model_zoo_configs import LEVELS, small_config
+from model_zoo_inputs import BATCH, NoRecipeError, input_sets, pictures, try_inputs
+from model_zoo_kinds import CALLS, CLASSES, PARTS
 
-LAYERS = 2
-WIDTH, INNER, HEADS, HEAD_DIM = 64, 128, 4, 16
 MOST_PARAMETERS = 150_000_000
 TIMM_EDGES = (96, 128, 160)
 TIMM_FAMILIES = Path(__file__).parent / "model_zoo_timm.json"
@@ -159,158 +151,11 @@ def _timm(name: str) -> Recipe:
     raise NoRecipeError("; ".join(errors))
 
 
-# transformers: small configs
-
-_NUMBERS = (
-    (
-        WIDTH,
-        "hidden_size d_model n_embd dim embed_dim embedding_size out_hidden_size projection_dim hidden_dim "
-        "emb_dim encoder_hidden_size decoder_hidden_size d_embed input_dim output_dim output_hidden_size "
-        "cross_attention_dim lm_hidden_size mm_hidden_size text_hidden_size vision_hidden_size "
-        "rnn_hidden_size word_embed_proj_dim lru_width cross_attention_hidden_size mm_embed_dim "
-        "audio_embed_dim adapter_hidden_size output_proj_dims output_channels",
-    ),
-    (
-        INNER,
-        "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim mlp_dim d_ff d_inner moe_intermediate_size "
-        "dim_feedforward shared_expert_intermediate_size shared_intermediate_size ffn_hidden_size "
-        "expert_intermediate_size intermediate_size_mlp attention_hidden_size expert_ffn_hidden_size "
-        "moe_shared_expert_intermediate_size encoder_intermediate_dim decoder_intermediate_dim block_ff_dim",
-    ),
-    (
-        HEADS,
-        "num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads heads "
-        "encoder_num_attention_heads decoder_num_attention_heads encoder_num_heads decoder_num_heads "
-        "attention_heads index_n_heads linear_num_value_heads",
-    ),
-    (
-        HEAD_DIM,
-        "head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim attention_head_dim kv_channels d_head "
-        "global_head_dim index_head_dim attention_head_size query_pre_attn_scalar rotary_dim",
-    ),
-    (
-        32,
-        "kv_lora_rank q_lora_rank index_topk num_pos_feats d_latents",
-    ),
-    (
-        2,
-        "num_experts_per_tok moe_k experts_per_token moe_topk num_selected_experts linear_num_key_heads",
-    ),
-    (
-        1,
-        "n_group topk_group n_shared_experts num_zero_experts first_k_dense_replace",
-    ),
-    (
-        20,
-        "num_queries num_latents",
-    ),
-)
-_SIZES = {name: number for number, text in _NUMBERS for name in text.split()}
-_DERIVED = {"layer_types", "mlp_layer_types", "per_layer_config", "layers_block_type", "layer_block_type"}
-_DERIVED |= {"image_embedding_size"}  # fields that follow from others, so that they must not stay as they were
-_LAYER_COUNTS = (
-    "num_hidden_layers n_layer n_layers encoder_layers decoder_layers num_layers num_decoder_layers "
-    "num_encoder_layers depth encoder_num_layers decoder_num_layers num_hidden_layers_encoder "
-    "num_block_layers num_blocks encoder_num_hidden_layers decoder_num_hidden_layers encoder_n_layers "
-    "l_layers x_layers r_layers"
-)
-_LAYER_FIELDS = frozenset(_LAYER_COUNTS.split())
-_NEEDED = {"vocab_size": VOCABULARY, "prediction_length": 8}  # without a default in some configs
-_HIERARCHY = (
-    "depths",
-    "hidden_sizes",
-    "num_heads",
-    "embed_dims",
-    "stage_out_channels",
-    "layer_depths",
-    "blocks_per_stage",
-)
-
-
 def transformers_kinds() -> list[str]:
     """Every model type of transformers that has a base model."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     return sorted(MODEL_MAPPING_NAMES)
-
-
-def shrink(config: Any, level: str = "small") -> dict[str, Any]:
-    """The keyword arguments that make a small config of the same class.
-
-    Args:
-        config: a transformers config with its defaults.
-        level: "small", or "thin" for a config that keeps its widths, or "default" for all but no caches.
-    """
-    made: dict[str, Any] = {}
-    fields = {key: value for key, value in vars(config).items() if not key.startswith("_")}
-    hierarchical = any(isinstance(fields.get(key), (list, tuple)) for key in _HIERARCHY)
-    heads = fields.get("num_attention_heads")
-    kinds = fields.get("layer_types")
-    if level != "default" and isinstance(kinds, (list, tuple)) and len(set(kinds)) > 1:
-        made["layer_types"] = list(dict.fromkeys(kinds))
-    layers = len(made.get("layer_types", ())) or LAYERS
-    backbone = bool(fields.get("out_features"))  # names layers, so that their number must stay
-    for key, value in fields.items():
-        if hasattr(value, "to_diff_dict") and hasattr(value, "model_type"):
-            own = value.to_diff_dict()
-            if level != "default":
-                own = {name: part for name, part in own.items() if name not in _DERIVED}
-            made[key] = own | shrink(value, level) | {"model_type": value.model_type}
-        elif key == "use_cache":
-            made[key] = False
-        elif key in _NEEDED and value is None:
-            made[key] = _NEEDED[key]
-        elif level == "default" or isinstance(value, bool) or (backbone and key in _LAYER_FIELDS):
-            continue
-        elif key == "rope_parameters" and isinstance(value, dict) and level == "small":
-            made[key] = _rope(value)
-        elif re.search(r"_token_(id|index)$", key):
-            made |= _token(key, value)
-        elif isinstance(value, int):
-            number = _shrunk(key, value, level if not hierarchical else "thin", layers, heads)
-            if number is not None and number < value:
-                made[key] = number
-        elif key in ("depths", "layer_depths", "blocks_per_stage", "num_blocks") and isinstance(value, (list, tuple)):
-            made[key] = [min(part, 2) if isinstance(part, int) else part for part in value]
-        elif key == "image_size" and isinstance(value, (list, tuple)) and max(value, default=0) > 256:
-            made[key] = [min(part, 256) for part in value]
-    return made
-
-
-def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Rotary embeddings whose sections (time, height, width) fit the small heads."""
-    if "mrope_section" not in parameters:
-        return parameters
-    half = int(HEAD_DIM * parameters.get("partial_rotary_factor", 1.0)) // 2
-    return parameters | {"mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]}
-
-
-def _token(key: str, value: Any) -> dict[str, Any]:
-    """A special token within the small vocabulary; the same for the same field of every part of a config."""
-    number = LAST_PLAIN_TOKEN + zlib.crc32(key.encode()) % (VOCABULARY - LAST_PLAIN_TOKEN)
-    if isinstance(value, int) and value > LAST_PLAIN_TOKEN:
-        return {key: number}
-    if isinstance(value, (list, tuple)) and any(isinstance(part, int) and part > LAST_PLAIN_TOKEN for part in value):
-        return {key: [number]}
-    return {}
-
-
-def _shrunk(key: str, value: int, level: str, layers: int, heads: Any) -> int | None:
-    if key in _LAYER_FIELDS:
-        return layers
-    if "vocab" in key and key.endswith("size") and value > VOCABULARY:
-        return VOCABULARY
-    if key in ("image_size", "img_size", "pretrain_image_size") and value > 256:
-        return 256
-    if key == "max_source_positions":
-        return 64
-    if key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-        return 4
-    if level == "thin":
-        return None
-    if key in ("num_key_value_heads", "num_kv_heads", "n_head_kv"):
-        return value if value == 1 else HEADS if value == heads else HEADS // 2
-    return _SIZES.get(key)
 
 
 # transformers: models
@@ -346,46 +191,39 @@ def _transformers(kind: str) -> Recipe:
         config_class = CONFIG_MAPPING[kind]
         made = MODEL_MAPPING[config_class]
         model_class = made[0] if isinstance(made, tuple) else made
+        if kind in CLASSES:
+            model_class = getattr(sys.modules[model_class.__module__], CLASSES[kind])
     except Exception as error:
         raise NoRecipeError(f"{type(error).__name__}: {error}") from error
-    errors = []
-    for level in ("small", "thin", "default"):
+    own, errors = CALLS.get(kind, {}), []
+    for level in LEVELS:
         try:
-            config = config_class(**(shrink(config_class(), level) | OVERRIDES.get(kind, {})))
+            config = small_config(kind, config_class, level)
             with torch.device("meta"):
                 parameters = sum(p.numel() for p in model_class(config).parameters())
             if parameters > MOST_PARAMETERS:
                 raise NoRecipeError(f"{parameters / 1e6:.0f} million parameters")
             torch.manual_seed(0)
             module = model_class(config).eval().float()
+            if kind in PARTS:
+                module = module.get_submodule(PARTS[kind])
+                config = module.config
             enliven(module)
         except Exception as error:
             errors.append(f"{level}: {type(error).__name__}: {_first_line(error)}")
             continue
-        for chosen in input_sets(module):
+        for chosen in input_sets(module, own):
             try:
-                kwargs = try_inputs(copy.deepcopy(module), config, chosen)
+                kwargs = try_inputs(copy.deepcopy(module), config, chosen, own)
             except Exception as error:
                 errors.append(f"{level} with {', '.join(chosen)}: {type(error).__name__}: {_first_line(error)}")
                 continue
             parameters_of = inspect.signature(module.forward).parameters
             seen = {"pixel_values", "input_features", "input_values", "pixel_values_videos"} & set(parameters_of)
             note = "text only" if seen and not seen & set(kwargs) and "input_ids" in kwargs else ""
-            return Recipe(module, (), kwargs, note if level == "small" else f"{level} {note}".strip())
-    raise NoRecipeError("; ".join(dict.fromkeys(errors)))
-
-
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "chameleon": {"vocabulary_map": {"<image>": 900, "<s>": 1}},
-    "emu3": {"vocabulary_map": {"<image>": 900, "<s>": 1}},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "audio-spectrogram-transformer": {"max_length": 128},
-    "mamba2": {"num_heads": 8},
-    "videomae": {"num_frames": 4, "image_size": 64},
-    "vivit": {"num_frames": 4, "image_size": 64},
-    "xmod": {"default_language": "en_XX", "languages": ["en_XX", "de_DE"]},
-}
-"""Fields by kind, where the rules by field name do not do."""
+            notes = ("" if level in ("small", "filled") else level, f"its {PARTS[kind]}" if kind in PARTS else "", note)
+            return Recipe(module, (), kwargs, ", ".join(filter(None, notes)))
+    raise NoRecipeError("; ".join(dict.fromkeys(errors)) or f"{model_class.__name__} has no arguments that have a name")
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,12 +6,16 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 VOCABULARY, LAST_PLAIN_TOKEN = 1024, 800  # special tokens get numbers between the two
 WIDTH, TOKENS, DECODER_TOKENS, BATCH = 64, 16, 8, 2
+
+
+Maker = Callable[["Fields"], Any]
 
 
 class NoRecipeError(Exception):
@@ -29,8 +33,10 @@ def pictures(shape: Sequence[int]) -> torch.Tensor:
     return smooth + 0.3 * torch.randn(*shape, generator=generator)
 
 
-def input_sets(module: torch.nn.Module) -> Iterator[list[str]]:
-    """Names of arguments to try, most telling first."""
+def input_sets(module: torch.nn.Module, own: Mapping[str, Maker] = MappingProxyType({})) -> Iterator[list[str]]:
+    """Names of arguments to try, most telling first; the kind's own arguments, where it has some, before all."""
+    if own:
+        yield list(own)
     parameters = inspect.signature(module.forward).parameters
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     required = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in variadic]
@@ -41,7 +47,7 @@ def input_sets(module: torch.nn.Module) -> Iterator[list[str]]:
     media = [
         name for name in ("pixel_values", "input_features", "input_values", "pixel_values_videos") if name in parameters
     ]
-    grids = [name for name in ("image_grid_thw", "image_sizes", "bbox") if name in parameters]
+    grids = [name for name in ("image_grid_thw", "image_sizes", "bbox", "mm_token_type_ids") if name in parameters]
     extra = [name for name in ("bbox", "token_type_ids") if name in parameters and name == "bbox"]
     masks = ["attention_mask"] if "input_ids" in base and "attention_mask" in parameters else []
     sets: list[list[str]] = []
@@ -51,6 +57,8 @@ def input_sets(module: torch.nn.Module) -> Iterator[list[str]]:
     sets += [[*base, *masks, *decoder, *extra], [*base, *masks, *extra], [*base, *tokens, *decoder], base]
     if "inputs_embeds" in parameters:
         sets.append([name for name in base if name != "input_ids"] + ["inputs_embeds"])
+    if "input_features" in base and "input_features_mask" in parameters:
+        sets.append(list(dict.fromkeys([*base, "input_features_mask"])))
     unique: dict[tuple[str, ...], list[str]] = {}
     for names_ in sets:
         without_twice = list(dict.fromkeys(names_))
@@ -59,8 +67,15 @@ def input_sets(module: torch.nn.Module) -> Iterator[list[str]]:
     yield from unique.values()
 
 
-def try_inputs(module: torch.nn.Module, config: Any, chosen: Sequence[str]) -> dict[str, Any]:
+def try_inputs(
+    module: torch.nn.Module, config: Any, chosen: Sequence[str], own: Mapping[str, Maker] = MappingProxyType({})
+) -> dict[str, Any]:
     """Arguments that the model takes; it is asked, and its complaint about image tokens is heeded.
+
+    Args:
+        module, config: the model and its config.
+        chosen: names of arguments, one of ``input_sets``.
+        own: how the kind's own arguments are made, where ``chosen`` is those.
 
     Raises:
         Exception: what the model said about the last attempt.
@@ -69,7 +84,11 @@ def try_inputs(module: torch.nn.Module, config: Any, chosen: Sequence[str]) -> d
     parameters = inspect.signature(module.forward).parameters
     if "use_cache" in parameters:
         fixed["use_cache"] = False
-    choices = [INPUTS.get(name, ()) for name in chosen]
+    choices = [(own[name],) if list(own) == list(chosen) else INPUTS.get(name, ()) for name in chosen]
+    if "image_grid_thw" in chosen:  # then pictures come as patches, those of all in a row
+        choices = [(_patches_of_all, *makers) if makers[:1] == (image_batch,) else makers for makers in choices]
+    elif "grid_thw" in chosen:
+        choices = [(flat_patches, *makers) if makers[:1] == (image_batch,) else makers for makers in choices]
     for name, makers in zip(chosen, choices, strict=True):
         if not makers:
             raise NoRecipeError(f"no rule for the argument {name!r}")
@@ -122,6 +141,8 @@ def _add_media_tokens(kwargs: dict[str, Any], ids: Any, config: Any, words: str,
     kwargs["input_ids"] = torch.cat([torch.full((len(ids), count), token), ids], 1)
     if "attention_mask" in kwargs:
         kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+    if "mm_token_type_ids" in kwargs:
+        kwargs["mm_token_type_ids"] = (kwargs["input_ids"] == token).long()
     return True
 
 
@@ -153,10 +174,7 @@ class Fields:
         return channels if isinstance(channels, int) else 3, int(height), int(width)
 
 
-Maker = Callable[[Fields], Any]
-
-
-def _ids(length: int) -> Maker:
+def ids_maker(length: int) -> Maker:
     def make_ids(fields: Fields) -> torch.Tensor:
         vocabulary = fields(
             "vocab_size", "text_vocab_size", "padded_vocab_size", default=VOCABULARY, parts=("text_config",)
@@ -167,13 +185,13 @@ def _ids(length: int) -> Maker:
     return make_ids
 
 
-def _mask(fields: Fields) -> torch.Tensor:
+def mask_of_text(fields: Fields) -> torch.Tensor:
     mask = torch.ones(BATCH, TOKENS, dtype=torch.long)
     mask[-1, -3:] = 0  # the second text is shorter
     return mask
 
 
-def _image(fields: Fields, batch: int = BATCH) -> torch.Tensor:
+def image_batch(fields: Fields, batch: int = BATCH) -> torch.Tensor:
     return pictures((batch, *fields.image))
 
 
@@ -185,26 +203,26 @@ def _mel(fields: Fields) -> tuple[int, int]:
     return int(bins), int(frames) or 2 * int(positions) if int(positions) <= 1500 else 128
 
 
-def _video(fields: Fields) -> torch.Tensor:
+def video_frames(fields: Fields) -> torch.Tensor:
     return pictures((1, int(fields("num_frames", "frames", default=8)), *fields.image))
 
 
-def _noise(*shape: int) -> torch.Tensor:
+def noise(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(4))
 
 
-def _mel_first(fields: Fields) -> torch.Tensor:
+def mel_first(fields: Fields) -> torch.Tensor:
     bins, frames = _mel(fields)
-    return _noise(BATCH, bins, frames)
+    return noise(BATCH, bins, frames)
 
 
-def _mel_last(fields: Fields) -> torch.Tensor:
+def mel_last(fields: Fields) -> torch.Tensor:
     bins, frames = _mel(fields)
-    return _noise(BATCH, frames, bins)
+    return noise(BATCH, frames, bins)
 
 
 def _spectrogram(fields: Fields) -> torch.Tensor:
-    return _noise(BATCH, 1, int(fields("spec_size", default=256)), int(fields("num_mel_bins", default=64)))
+    return noise(BATCH, 1, int(fields("spec_size", default=256)), int(fields("num_mel_bins", default=64)))
 
 
 def _boxes(fields: Fields) -> torch.Tensor:
@@ -212,59 +230,71 @@ def _boxes(fields: Fields) -> torch.Tensor:
     return torch.cat([corners, corners + 200], -1)
 
 
-def _flat_patches(fields: Fields) -> torch.Tensor:
+def flat_patches(fields: Fields) -> torch.Tensor:
     parts = ("vision_config",)
     patch = fields("patch_size", default=14, parts=parts)
-    frames = fields("temporal_patch_size", default=1, parts=parts)
-    return _noise(16, fields.image[0] * frames * patch * patch)
+    frames = fields("temporal_patch_size", "patch_temporal", default=1, parts=parts)
+    return noise(16, fields.image[0] * frames * patch * patch)
 
 
-def _packed_patches(fields: Fields) -> torch.Tensor:
+def _patches_of_all(fields: Fields) -> torch.Tensor:
+    return torch.cat([flat_patches(fields)] * BATCH)
+
+
+def picture_patches(fields: Fields) -> torch.Tensor:
+    """Patches as small pictures (16, C, P, P)."""
+    patch = fields("patch_size", default=14, parts=("vision_config",))
+    return pictures((16, fields.image[0], patch, patch))
+
+
+def packed_patches(fields: Fields) -> torch.Tensor:
     patch = fields("patch_size", default=16, parts=("vision_config",))
-    return _noise(BATCH, 16, fields.image[0] * patch * patch)
+    return noise(BATCH, 16, fields.image[0] * patch * patch)
 
 
 def _series(fields: Fields) -> torch.Tensor:
     length = fields("context_length", "sequence_length", default=64)
     lags = max(fields("lags_sequence", default=[0]) or [0])
     channels = fields("num_input_channels", "input_size", default=1)
-    return _noise(BATCH, length + lags, *((channels,) if channels > 1 or fields("num_input_channels") else ()))
+    return noise(BATCH, length + lags, *((channels,) if channels > 1 or fields("num_input_channels") else ()))
 
 
 def _time_features(length_field: str) -> Maker:
     def make_features(fields: Fields) -> torch.Tensor:
         length = fields(length_field, default=64)
         lags = max(fields("lags_sequence", default=[0]) or [0]) if length_field == "context_length" else 0
-        return _noise(BATCH, length + lags, fields("num_time_features", default=0))
+        return noise(BATCH, length + lags, fields("num_time_features", default=0))
 
     return make_features
 
 
 INPUTS: dict[str, tuple[Maker, ...]] = {
-    "input_ids": (_ids(TOKENS), _ids(64)),
-    "attention_mask": (_mask,),
-    "decoder_input_ids": (_ids(DECODER_TOKENS),),
-    "qformer_input_ids": (_ids(DECODER_TOKENS),),
+    "input_ids": (ids_maker(TOKENS), ids_maker(64)),
+    "attention_mask": (mask_of_text,),
+    "decoder_input_ids": (ids_maker(DECODER_TOKENS),),
+    "qformer_input_ids": (ids_maker(DECODER_TOKENS),),
     "pixel_values": (
-        _image,
-        _video,
+        image_batch,
+        video_frames,
         lambda fields: pictures((BATCH, 1, *fields.image)),  # several images a text
-        _packed_patches,
-        _flat_patches,
+        packed_patches,
+        flat_patches,
         lambda fields: pictures((BATCH, fields.image[0], 64, 64)),
+        lambda fields: pictures((1, 2, *fields.image)),  # a pair
     ),
-    "pixel_values_videos": (_video, _flat_patches),
-    "input_features": (_mel_first, _mel_last, _spectrogram),
-    "input_values": (lambda fields: _noise(BATCH, 4800), lambda fields: _noise(BATCH, 1, 4800), _mel_last, _mel_first),
+    "pixel_values_videos": (video_frames, flat_patches),
+    "input_features": (mel_first, mel_last, _spectrogram),
+    "input_values": (lambda fields: noise(BATCH, 4800), lambda fields: noise(BATCH, 1, 4800), mel_last, mel_first),
     "hidden_states": (
-        _flat_patches,
-        lambda fields: _noise(BATCH, TOKENS, int(fields("hidden_size", default=WIDTH))),
-        lambda fields: _noise(BATCH, int(fields("hidden_size", default=WIDTH)), TOKENS),
+        flat_patches,
+        lambda fields: noise(BATCH, TOKENS, int(fields("hidden_size", default=WIDTH))),
+        lambda fields: noise(BATCH, int(fields("hidden_size", default=WIDTH)), TOKENS),
     ),
-    "inputs_embeds": (lambda fields: _noise(BATCH, TOKENS, int(fields("hidden_size", "d_model", default=WIDTH))),),
-    "latents": (lambda fields: _noise(BATCH, int(fields("hidden_size", default=WIDTH)), TOKENS),),
+    "inputs_embeds": (lambda fields: noise(BATCH, TOKENS, int(fields("hidden_size", "d_model", default=WIDTH))),),
+    "latents": (lambda fields: noise(BATCH, int(fields("hidden_size", default=WIDTH)), TOKENS),),
     "grid_thw": (lambda fields: torch.tensor([[1, 4, 4]]),),
-    "image_grid_thw": (lambda fields: torch.tensor([[1, 4, 4]]),),
+    "image_grid_thw": (lambda fields: torch.tensor([[1, 4, 4]] * BATCH), lambda fields: torch.tensor([[1, 4, 4]])),
+    "mm_token_type_ids": (lambda fields: torch.zeros(BATCH, TOKENS, dtype=torch.long),),
     "image_sizes": (lambda fields: torch.tensor([fields.image[1:]] * BATCH),),
     "bbox": (_boxes,),
     "pixel_attention_mask": (lambda fields: torch.ones(BATCH, 16, dtype=torch.long),),
@@ -274,7 +304,7 @@ INPUTS: dict[str, tuple[Maker, ...]] = {
     "past_observed_mask": (lambda fields: torch.ones_like(_series(fields)),),
     "past_time_features": (_time_features("context_length"),),
     "future_time_features": (_time_features("prediction_length"),),
-    "inputs": (_ids(64),),
+    "inputs": (ids_maker(64), lambda fields: noise(BATCH, 64, int(fields("d_model", default=WIDTH)))),
     "merge_sizes": (lambda fields: torch.tensor([1]),),
 }
 """How each argument of ``forward`` may look, most usual first."""

@@ -35,7 +35,14 @@ def _path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
         yield
-    for name in ("model_sweep", "model_sweep_examine", "model_zoo", "model_zoo_inputs"):
+    for name in (
+        "model_sweep",
+        "model_sweep_examine",
+        "model_zoo",
+        "model_zoo_configs",
+        "model_zoo_inputs",
+        "model_zoo_kinds",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -96,6 +103,51 @@ def test_image_tokens_are_as_many_as_the_model_asks_for(zoo: Any) -> None:
     count = int((recipe.kwargs["input_ids"] == token).sum(1)[0])
     assert count > 4
     assert int((recipe.kwargs["input_ids"][:, count:] == token).sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        pytest.param("qwen2_vl", {"pixel_values", "image_grid_thw"}, id="sections of rotary embeddings, patches"),
+        pytest.param("blip-2", {"pixel_values", "input_ids"}, id="image token is None"),
+        pytest.param("deepseek_v2", {"input_ids"}, id="numbers are None"),
+        pytest.param("lfm2_moe", {"input_ids"}, id="layer types are None"),
+        pytest.param("tipsv2", {"pixel_values", "input_ids"}, id="backbone names layers"),
+        pytest.param("zamba", {"input_ids"}, id="fields of its own"),
+        pytest.param("lxmert", {"visual_feats", "visual_pos"}, id="arguments of its own"),
+        pytest.param("musicgen", {"decoder_input_ids"}, id="class of its own"),
+    ],
+)
+def test_models_that_need_more_than_small_widths(zoo: Any, kind: str, inputs: set[str]) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    if kind not in MODEL_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {kind}")
+    recipe = zoo.make("transformers", kind)
+    assert inputs <= set(recipe.kwargs)
+    assert sum(p.numel() for p in recipe.module.parameters()) < 20_000_000, "at the small level"
+    assert "thin" not in recipe.note
+    with torch.no_grad():
+        result = recipe.module(**recipe.kwargs)
+    assert result[0].isfinite().all()
+
+
+def test_image_tokens_and_patches_of_several_pictures_agree(zoo: Any) -> None:
+    kwargs = zoo.make("transformers", "qwen2_vl").kwargs
+    assert kwargs["pixel_values"].shape[0] == int(kwargs["image_grid_thw"].prod(1).sum())
+    assert kwargs["mm_token_type_ids"].sum(1).tolist() == [4, 4], "4x4 patches, merged two by two"
+
+
+def test_a_part_says_which(zoo: Any) -> None:
+    recipe = zoo.make("transformers", "bark")
+    assert recipe.note == "its semantic"
+    assert type(recipe.module).__name__ == "BarkSemanticModel"
+
+
+def test_a_model_without_arguments_says_so(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "PARTS", {})
+    with pytest.raises(zoo.NoRecipeError, match=r"BarkModel has no arguments|million parameters"):
+        zoo.make("transformers", "bark")
 
 
 def test_weights_that_are_constants_get_values(zoo: Any) -> None:
@@ -258,6 +310,48 @@ def test_what_torch_export_refuses_says_its_words(sweep: Any, zoo: Any, monkeypa
     assert "data-dependent" in outcome.words
 
 
+class _Chosen(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[x > 0] * 2
+
+
+def test_a_bound_is_given_where_the_backend_asks_for_one(sweep: Any, zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trtbridge as tb
+
+    tried = []
+    convert = tb.convert
+
+    def asks(*args: Any, **options: Any) -> Any:
+        most = options.get("max_data_size")
+        tried.append(most)
+        if most is None:
+            raise tb.DynamicShapeError("State a bound: max_data_size for all of them")
+        if most > 64:
+            raise tb.BuildError("too large")
+        return convert(*args, **options)
+
+    monkeypatch.setattr(tb, "convert", asks)
+    monkeypatch.setattr(zoo, "make", lambda source, name: zoo.Recipe(_Chosen(), (torch.randn(9),), note="small"))
+    outcome = sweep.examine("timm", "chosen", "onnxruntime", "float32")
+    assert tried == [None, 1024, 64]
+    assert outcome.stage == "match", outcome.words
+    assert outcome.note == "small, max_data_size=64"
+
+
+def test_other_refusals_of_shapes_are_not_tried_again(sweep: Any, zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trtbridge as tb
+
+    def refuses(*args: Any, **options: Any) -> Any:
+        assert "max_data_size" not in options
+        raise tb.DynamicShapeError("the model fixes this size")
+
+    monkeypatch.setattr(tb, "convert", refuses)
+    monkeypatch.setattr(zoo, "make", lambda source, name: zoo.Recipe(torch.nn.ReLU(), (torch.randn(9),)))
+    outcome = sweep.examine("timm", "relu", "onnxruntime", "float32")
+    assert (outcome.stage, outcome.note) == ("convert", "")
+    assert "fixes this size" in outcome.words
+
+
 WORKER = """
 import json, sys, time
 print(json.dumps({"ready": {"python": "3"}}), flush=True)
@@ -343,3 +437,16 @@ def test_known_models_are_not_run_again(sweep: Any, tmp_path: Path, capsys: pyte
     assert "0 models to run, 1 known" in capsys.readouterr().out
     assert sweep.main([*options, "--backend", "onnxruntime", "--again", "match", "--budget", "0.000001"]) == 0
     assert "1 models to run, 0 known" in capsys.readouterr().out
+
+
+def test_what_failed_before_comes_first(sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sweep.json"
+    results = sweep.Results(path)
+    for name, stage in [("bert", "match"), ("gpt2", "timeout"), ("zamba2", "no recipe"), ("opt", "convert")]:
+        results.add(sweep.Outcome("transformers", name, "onnxruntime", "float32", stage))
+    results.add(sweep.Outcome("transformers", "t5", "tensorrt", "float32", "convert"))
+    order: list[str] = []
+    monkeypatch.setattr(sweep.Workers, "run", lambda self, models, *rest: order.extend(name for _, name in models))
+    options = ["--json", str(path), "--no-render", "--only", "transformers", "--backend", "onnxruntime"]
+    sweep.main([*options, "--filter", "^(bert|gpt2|zamba2|opt|t5)$", "--again", "all"])
+    assert order == ["opt", "zamba2", "t5", "gpt2", "bert"], "t5 was never tried on this backend"
