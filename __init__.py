@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from .bridge.export import export
     from .bridge.module import EngineModule
     from .bridge.options import Options
+    from .bridge.precision import PrecisionReport
     from .passes.default import DEFAULT
+    from .passes.pipeline import Pass, Pipeline
     from .plugins.authoring import plugin
 
 __version__ = "0.1.0"
@@ -41,6 +43,9 @@ _LAZY = {
     "Dim": ".bridge.dims",
     "EngineModule": ".bridge.module",
     "Options": ".bridge.options",
+    "Pass": ".passes.pipeline",
+    "Pipeline": ".passes.pipeline",
+    "PrecisionReport": ".bridge.precision",
     "convert": ".bridge.convert",
     "explain": ".bridge.convert",
     "export": ".bridge.export",
@@ -63,8 +68,11 @@ __all__ = [
     "ModelFileError",
     "OptionError",
     "Options",
+    "Pass",
     "PassError",
+    "Pipeline",
     "PluginError",
+    "PrecisionReport",
     "TrtBridgeError",
     "UnsupportedOpError",
     "convert",

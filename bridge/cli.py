@@ -1,4 +1,4 @@
-"""The ``trtbridge`` command: convert, explain, run, plugins, doctor.
+"""The ``trtbridge`` command: convert, explain, run, passes, plugins, doctor.
 
 torch takes seconds to import, so nothing here does before a command needs it: ``-h`` answers at once.
 """
@@ -23,15 +23,19 @@ from .cli_options import (
     BackendOption,
     CacheOption,
     CapabilityOption,
+    CheckPassesOption,
     DataSizeOption,
     DebugOption,
     DeviceOption,
     DimOption,
+    DumpGraphsOption,
     ForceOption,
     HostOption,
+    KeepOption,
     LevelOption,
     NoFallbackOption,
     OpsetOption,
+    PrecisionOption,
     SizeOption,
     SourceArgument,
     Tf32Option,
@@ -41,8 +45,11 @@ from .cli_options import (
     check_writable,
     given_dims,
     given_options,
+    pass_options,
     plugin_options,
+    precision_options,
 )
+from .cli_passes import passes as passes_command
 from .cli_plugins import app as plugins_app
 from .cli_source import import_code, search_here
 from .text import size_text
@@ -61,6 +68,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(plugins_app)
+app.command("passes", epilog="Examples:\n\n[bold]trtbridge passes[/bold]\n\n[bold]trtbridge passes RemoveNoOps[/bold]")(
+    passes_command
+)
 
 
 def _show_version(wanted: bool) -> None:
@@ -103,6 +113,10 @@ def convert(
     plugin_host: HostOption = None,
     no_fallback: NoFallbackOption = False,
     max_data_size: DataSizeOption = None,
+    precision: PrecisionOption = None,
+    keep_fp32: KeepOption = None,
+    check_passes: CheckPassesOption = False,
+    dump_graphs: DumpGraphsOption = None,
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -114,6 +128,7 @@ def convert(
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
+        options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import convert as convert_model
@@ -145,6 +160,10 @@ def explain(
     plugin_host: HostOption = None,
     no_fallback: NoFallbackOption = False,
     max_data_size: DataSizeOption = None,
+    precision: PrecisionOption = None,
+    keep_fp32: KeepOption = None,
+    check_passes: CheckPassesOption = False,
+    dump_graphs: DumpGraphsOption = None,
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -154,6 +173,7 @@ def explain(
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
+        options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import explain as explain_model
@@ -259,11 +279,14 @@ def doctor(
 
 def _summarize(module: EngineModule, path: Path) -> None:
     from .cli_run import why_not_here
+    from .precision import PrecisionReport
 
     info = module.program.info
     seconds: dict[str, float] = info["stage_seconds"]
     stages = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
     _print(module.inspect())
+    if info.get("precision"):
+        _print(str(PrecisionReport.from_json(info["precision"])))
     _print(f"backend: {module.program.backend} ({info['backend_choice']})")
     _print(f"time: {sum(seconds.values()):.2f} s ({stages})")
     _print(f"wrote {path} ({size_text(path.stat().st_size)})")

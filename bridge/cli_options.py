@@ -151,6 +151,36 @@ DataSizeOption = Annotated[
     int | None,
     typer.Option("--max-data-size", min=1, metavar="N", help="Bound of data-dependent sizes that nothing else bounds."),
 ]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="NAME",
+        help="fp16 or bf16: compute in 16 bits where a float32 model allows it. Default: what the model has.",
+    ),
+]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep-fp32",
+        metavar="NAME",
+        help="With --precision, what stays in float32: a module path, an op type, or a pattern of one. Repeatable.",
+    ),
+]
+CheckPassesOption = Annotated[
+    bool,
+    typer.Option(
+        "--check-passes", help="Run ONNX Runtime after every graph pass; name the pass and node that change numbers."
+    ),
+]
+DumpGraphsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--dump-graphs",
+        metavar="DIR",
+        help="Write the ONNX after every graph pass, which opens in Netron, and what the pass changed as text.",
+    ),
+]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the log, and what each pass did and left alone and why.")
 ]
@@ -208,6 +238,18 @@ def given_options(
 def plugin_options(host: str | None, no_fallback: bool, max_data_size: int | None) -> dict[str, Any]:
     """Those options about plugins that are given."""
     options = {"plugin_host": host, "fallback": False if no_fallback else None, "max_data_size": max_data_size}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def precision_options(precision: str | None, keep_fp32: list[str] | None) -> dict[str, Any]:
+    """Those options about precision that are given."""
+    options = {"precision": precision, "keep_fp32": tuple(keep_fp32 or ()) or None}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def pass_options(check_passes: bool, dump_graphs: Path | None) -> dict[str, Any]:
+    """Those options about graph passes that are given."""
+    options = {"check_passes": check_passes or None, "dump_graphs": dump_graphs}
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,18 @@ class Options:
         fallback: make plugins of what the backend refuses; False raises `UnsupportedOpError` or `BuildError` instead.
         check_export: run the exported graph in ONNX Runtime on the example, and make plugins of what comes out wrong.
             Models over 2 GiB are not checked.
+        precision: "fp16" or "bf16" makes a mixed model of a float32 one: products work in 16 bits; normalizations,
+            softmax, exponentials, large sums and, for fp16, what the example shows to leave its range stay in float32.
+            Inputs and outputs keep their dtypes. None leaves all as it is.
+        keep_fp32: what stays in float32 besides: op types ("Softmax"), module paths with all below
+            ("encoder.layers.3"), patterns of these ("*.norm?"), node names, or functions of a `precision.NodeView`
+            (op_type, name, module, file, line) that say True; one or several.
+        check_passes: run ONNX Runtime on the example (random numbers for an .onnx file) after every pass, and raise
+            `PassError` with the first pass, node and tensor whose numbers changed. A model that is random, or that
+            ONNX Runtime cannot run, is not compared, and a warning says so.
+        dump_graphs: folder where the ONNX before all passes and after each is written, with a text of what the pass
+            changed. What an earlier conversion wrote there is removed; where a model is translated several times, the
+            last time stays.
         max_data_size: bound of sizes that depend on data and that nothing else bounds. Engines need one where they read
             such a tensor.
         output_shapes: names and bounds for data-dependent sizes of results, by the result's label or position:
@@ -61,6 +74,10 @@ class Options:
     plugin_host: str = "auto"
     fallback: bool = True
     check_export: bool = True
+    precision: str | None = None
+    keep_fp32: Any = ()
+    check_passes: bool = False
+    dump_graphs: str | os.PathLike[str] | None = None
     max_data_size: int | None = None
     output_shapes: Mapping[str | int, Mapping[int, Dim]] | None = None
 
@@ -89,7 +106,7 @@ class Options:
         opset = self.opset
         need(opset is None or (_is_int(opset) and 18 <= opset <= 25), "opset", "an ONNX opset from 18 to 25")
         need(isinstance(self.passes, Pipeline), "passes", "a passes.Pipeline, such as trtbridge.DEFAULT")
-        for name in ("tf32", "isolate", "fallback", "check_export"):
+        for name in ("tf32", "isolate", "fallback", "check_export", "check_passes"):
             need(isinstance(getattr(self, name), bool), name, "True or False")
         level = self.optimization_level
         need(level is None or (_is_int(level) and 0 <= level <= 5), "optimization_level", "from 0 to 5")
@@ -123,6 +140,20 @@ class Options:
             ),
             "output_shapes",
             'a dict such as {"boxes": {0: tb.Dim("found", max=300)}}',
+        )
+        need(self.precision in (None, "fp16", "bf16"), "precision", 'None, "fp16" or "bf16"')
+        keep = [self.keep_fp32] if isinstance(self.keep_fp32, str) or callable(self.keep_fp32) else self.keep_fp32
+        need(
+            isinstance(keep, (tuple, list, set, frozenset)) and all(isinstance(k, str) or callable(k) for k in keep),
+            "keep_fp32",
+            "op types, module paths, patterns or functions of a node",
+        )
+        need(not keep or self.precision is not None, "keep_fp32", "left out unless precision is given")
+        folder = self.dump_graphs
+        need(
+            folder is None or (isinstance(folder, (str, os.PathLike)) and not Path(folder).is_file()),
+            "dump_graphs",
+            "a folder, which is made where it is missing",
         )
         need(self.progress is None or callable(self.progress), "progress", "a function of (stage, fraction)")
 

@@ -23,13 +23,16 @@ from .backends import get_backend
 from .backends.base import Backend, BuildOptions, Refusal
 from .bounds import with_bounds
 from .build import build_plan
+from .check_passes import run_passes
 from .export import ExportedModule
 from .halving import find_culprit
 from .model import OnnxModel, iterate_nodes
 from .options import Options
 from .partition import partition
 from .plan import Plan
+from .precision import PrecisionReport, convert_precision, sixteen_bit_nodes, with_opset
 from .program import Program
+from .rewrites import Rewrites
 from .stages import Stages
 from .verify import find_wrong_calls
 
@@ -53,7 +56,10 @@ class Planner:
         calls: calls of the traced module that are plugins, each with the reason.
         nodes: ONNX nodes that are plugins, each with the reason.
         outside: plugin nodes that an engine failed over, which run between engines.
+        full: nodes that stay in float32 because the backend refuses them in 16 bits.
+        rewrites: nodes that are written in other ops, because the backend refuses them as they are.
         passes: what the passes did last.
+        precision: what became of the model's precision, where one was asked for.
     """
 
     source: ExportedModule | OnnxModel
@@ -63,9 +69,15 @@ class Planner:
     calls: dict[str, str] = field(default_factory=dict)
     nodes: dict[str, str] = field(default_factory=dict)
     outside: set[str] = field(default_factory=set)
+    full: set[str] = field(default_factory=set)
+    rewrites: Rewrites = field(default_factory=Rewrites)
     passes: Sequence[PassReport] = ()
+    precision: PrecisionReport | None = None
     _opset: int | None = None
+    _exported: tuple[frozenset[str], OnnxModel] | None = None  # the last translation and what was a plugin in it
+    _rewritten: OnnxModel | None = None  # the last model, its refused nodes rewritten, no node a plugin
     _nodes: Sequence[onnx.NodeProto] = ()
+    _half: frozenset[str] = frozenset()  # nodes that work in 16 bits by the precision asked for
     _checked: frozenset[str] | None = None
     _made: tuple[frozenset[str], Plan] | None = None  # the last plan and what was a plugin in it
     _fixed: set[str] = field(default_factory=set)  # calls that cannot be plugins
@@ -88,17 +100,28 @@ class Planner:
                 if self._add_calls(self._invalid_calls()):
                     continue  # the passes failed over a graph that the exporter made wrong
                 raise error
+            # Checked in the precision of the module: rounding to 16 bits is no mistake of the export.
+            wrong = self._wrong_calls(model)
+            if any([self.rewrites.give_up(wrong), self._add_calls(wrong)]) and rounds < _MOST_ROUNDS:
+                continue
+            if self.options.precision is not None:
+                with self.stages.stage("precision"):
+                    model, self.precision = convert_precision(model, self.source, self.options, self.full)
+                    self._half = sixteen_bit_nodes(model.proto)
             with self.stages.stage("partition"):
                 plan = partition(model, None if self.options.plugin_host == "segments" else self.backend, self.outside)
                 if self.options.plugin_host == "engine":
                     _require_inside(plan, self.backend.name)
-            wrong = self._wrong_calls(model)
-            if rounds == _MOST_ROUNDS or not self._add_calls(wrong):
-                self._made = (self._state(), plan)
-                return plan
+            self._made = (self._state(), plan)
+            return plan
 
     def _state(self) -> frozenset[str]:
-        return frozenset((*self.calls, *(f"node {name}" for name in self.nodes), *(f"out {n}" for n in self.outside)))
+        others = (
+            *(f"node {name}" for name in self.nodes),
+            *(f"out {name}" for name in self.outside),
+            *(f"full {name}" for name in self.full),
+        )
+        return self.rewrites.state | {*self.calls, *others}
 
     def settled_plan(self) -> tuple[Plan, Mapping[str, Sequence[Refusal]]]:
         """A plan that the backend's parser takes, or the last one with what it still refuses, by segment."""
@@ -147,10 +170,21 @@ class Planner:
         )
 
     def learn(self, refusals: Sequence[Refusal]) -> bool:
-        """Make plugins of what was refused; False where nothing of it can be one."""
+        """Rewrite what was refused, or make plugins of it; False where nothing of it can be either."""
         if not self.options.fallback:
             return False
         title = self.backend.name
+        in_half = {refusal.node for refusal in refusals} & self._half - self.full
+        if in_half:
+            logger.info("%s refuses %s in 16 bits: float32 comes next", title, ", ".join(sorted(in_half)))
+            self.full |= in_half
+            return True
+        count = len(refusals)
+        if self._rewritten is not None:
+            refusals = self.rewrites.add(self._rewritten, refusals, title)
+        progress = len(refusals) < count
+        if not refusals:
+            return progress
         calls: dict[str, str] = {}
         nodes: dict[str, str] = {}
         hosted = {refusal.node for refusal in refusals if refusal.op_type == HOST_OP_TYPE}
@@ -161,7 +195,10 @@ class Planner:
             words = refusal.reason.strip()
             reason = f"{title} refuses {refusal.op_type}: {words}" if words else f"{title} refuses {refusal.op_type}"
             call = refusal.origin.call
-            if call and call not in self.calls and call not in self._fixed:
+            progress |= self.rewrites.give_up([call])
+            if root := "" if call else self.rewrites.give_up_node(refusal.node):
+                nodes[root] = reason
+            elif call and call not in self.calls and call not in self._fixed:
                 calls.setdefault(call, reason)
             elif refusal.node and self._can_run_alone(refusal.node):
                 nodes[refusal.node] = reason
@@ -171,7 +208,7 @@ class Planner:
         for name, reason in new.items():
             logger.info("node %s becomes a plugin: %s", name, reason)
         self.nodes |= new
-        return bool(new)
+        return bool(new) or progress
 
     def _can_run_alone(self, name: str) -> bool:
         """Whether ONNX or ONNX Runtime know the op of a node."""
@@ -195,16 +232,21 @@ class Planner:
         return added
 
     def _model(self) -> OnnxModel:
+        self.source = with_opset(self.source, self.options)
         if isinstance(self.source, OnnxModel):
             model = self.source
         else:
             with self.stages.stage("export"):
-                model, self.calls = self.source.to_onnx(self.calls)
+                model = self._export(self.source)
         with self.stages.stage("passes"):
-            result = self.options.passes.run(model.proto, model.weights)
+            result = run_passes(self.options.passes, model, self.source, self.options)
             self.passes = tuple(result.report.passes)
             model = dataclasses.replace(model, proto=result.proto, weights=result.weights)
             logger.debug("%s", result.report)
+            if isinstance(self.source, ExportedModule):
+                self.rewrites.add_plugins(model)
+            model = self._rewritten = self.rewrites.apply(model)
+            self.passes = (*self.passes, *self.rewrites.reports)
             if self.backend.name == "onnxruntime" and isinstance(self.source, OnnxModel):
                 # Known mistakes of ONNX Runtime, which it does not report; for a module the check of the export finds
                 # them.
@@ -217,6 +259,13 @@ class Planner:
             self._nodes = [*iterate_nodes(model.proto.graph)]
             self._opset = next((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), None)
             return with_bounds(model, self.options)
+
+    def _export(self, source: ExportedModule) -> OnnxModel:
+        """The translation with all calls so far as plugins; made again only when there are more."""
+        if self._exported is None or self._exported[0] != frozenset(self.calls):
+            model, self.calls = source.to_onnx(self.calls)
+            self._exported = frozenset(self.calls), model
+        return self._exported[1]
 
     def _invalid_calls(self) -> dict[str, str]:
         """Calls whose translation is no valid ONNX, in ONNX Runtime's words."""
@@ -233,7 +282,7 @@ class Planner:
 
     def _wrong_calls(self, model: OnnxModel) -> dict[str, str]:
         """Calls whose translation is wrong; asked again only when the translation has changed."""
-        state = frozenset((*self.calls, *self.nodes))
+        state = self.rewrites.state | {*self.calls, *self.nodes}
         if isinstance(self.source, OnnxModel) or not self.options.check_export or state == self._checked:
             return {}
         self._checked = state

@@ -1,20 +1,41 @@
 """Rewrites of ONNX graphs with onnx-graphsurgeon, and the pipeline that runs and checks them. No torch, no TensorRT."""
 
+from .convert_precision import ConvertPrecision
 from .default import DEFAULT
 from .fold_constants import FoldConstants
+from .fold_shapes import FoldShapes
+from .fuse_gelu import FuseGelu
+from .fuse_group_norm import FuseGroupNorm
+from .fuse_layer_norm import FuseLayerNorm
+from .fuse_rms_norm import FuseRmsNorm
 from .graft_nodes import graft
+from .merge_casts import MergeCasts
+from .merge_reshapes import MergeReshapes
+from .merge_slices import MergeSlices
+from .merge_transposes import MergeTransposes
 from .narrow_types import NarrowTypes
 from .pipeline import Notes, Pass, PassReport, Pipeline, PipelineReport, PipelineResult, Refusal
 from .remove_dead_nodes import RemoveDeadNodes
 from .remove_no_ops import RemoveNoOps
 from .repair_ranks import RepairRanks
 from .repair_types import RepairTypes
+from .rewrite_refused import RewriteRefused
 from .rewrite_to_plugin import Match, Refused, RewriteToPlugin
 
 __all__ = [
     "DEFAULT",
+    "ConvertPrecision",
     "FoldConstants",
+    "FoldShapes",
+    "FuseGelu",
+    "FuseGroupNorm",
+    "FuseLayerNorm",
+    "FuseRmsNorm",
     "Match",
+    "MergeCasts",
+    "MergeReshapes",
+    "MergeSlices",
+    "MergeTransposes",
     "NarrowTypes",
     "Notes",
     "Pass",
@@ -28,6 +49,7 @@ __all__ = [
     "RemoveNoOps",
     "RepairRanks",
     "RepairTypes",
+    "RewriteRefused",
     "RewriteToPlugin",
     "graft",
 ]

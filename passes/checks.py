@@ -23,16 +23,26 @@ def boundary(tensors: Sequence[gs.Tensor]) -> Boundary:
 
 
 def boundary_fault(kind: str, before: Boundary, after: Boundary, dtypes_may_change: bool) -> str | None:
-    """What is wrong with the inputs (`kind` is "input") or outputs after a pass; None if nothing is."""
+    """What is wrong with the inputs (`kind` is "input") or outputs after a pass; None if nothing is.
+
+    A type or size that was not known before may be known after.
+    """
     names_before, names_after = [item[0] for item in before], [item[0] for item in after]
     if names_before != names_after:
         return f"the model's {kind}s are {names_after}, they were {names_before}"
     for (name, element, shape), (_, element_after, shape_after) in zip(before, after, strict=True):
-        if shape != shape_after:
+        if not _agrees(shape, shape_after):
             return f"{kind} {name!r} has shape {shape_after}, it had {shape}"
-        if element != element_after and not dtypes_may_change:
+        if element not in (element_after, 0) and not dtypes_may_change:
             return f"{kind} {name!r} is {type_name(element_after)}, it was {type_name(element)}"
     return None
+
+
+def _agrees(before: tuple[Any, ...] | None, after: tuple[Any, ...] | None) -> bool:
+    """Whether a shape is the one before, or says more where that said nothing."""
+    if before is None or after is None:
+        return before is None
+    return len(before) == len(after) and all(old in (new, None) for old, new in zip(before, after, strict=True))
 
 
 def graph_fault(graph: gs.Graph) -> str | None:
@@ -50,20 +60,24 @@ def graph_fault(graph: gs.Graph) -> str | None:
 def _scope_fault(scope: gs.Graph, visible: dict[str, gs.Tensor], domains: set[str], is_main: bool) -> str | None:
     added: list[str] = []
 
-    def define(tensor: gs.Tensor, what: str) -> str | None:
+    def define(tensor: gs.Tensor, what: str | gs.Node) -> str | None:
         if tensor.name in visible:
-            return f"two tensors are named {tensor.name!r}; the second is {what}"
+            second = what if isinstance(what, str) else f"an output of {describe(what)}"
+            return f"two tensors are named {tensor.name!r}; the second is {second}"
         visible[tensor.name] = tensor
         added.append(tensor.name)
         return None
 
-    def read(tensor: gs.Tensor, what: str) -> str | None:
+    def read(tensor: gs.Tensor, reader: str | gs.Node) -> str | None:
         known = visible.get(tensor.name)
+        if known is tensor:
+            return None
         if known is None and isinstance(tensor, gs.Constant):
             return define(tensor, "an initializer")
+        what = reader if isinstance(reader, str) else describe(reader)
         if known is None:
             return f"tensor {tensor.name!r} is read by {what} before anything makes it"
-        return None if known is tensor else f"two tensors are named {tensor.name!r}; one of them is read by {what}"
+        return f"two tensors are named {tensor.name!r}; one of them is read by {what}"
 
     def check() -> str | None:
         for tensor in scope.inputs:
@@ -73,7 +87,7 @@ def _scope_fault(scope: gs.Graph, visible: dict[str, gs.Tensor], domains: set[st
             if (node.domain or "") not in domains:
                 return f"{describe(node)}: the model imports no opset of domain {node.domain!r}"
             for tensor in node.inputs:
-                if tensor.name and (fault := read(tensor, describe(node))):
+                if tensor.name and (fault := read(tensor, node)):
                     return fault
             for body in bodies(node):
                 if fault := _scope_fault(body, visible, domains, is_main=False):
@@ -85,7 +99,7 @@ def _scope_fault(scope: gs.Graph, visible: dict[str, gs.Tensor], domains: set[st
                     return f"tensor {tensor.name!r} is a constant and the output of {describe(node)}"
                 if len(tensor.inputs) != 1 or tensor.inputs[0] is not node:
                     return f"tensor {tensor.name!r} is an output of {describe(node)}, but its links say otherwise"
-                if fault := define(tensor, f"an output of {describe(node)}"):
+                if fault := define(tensor, node):
                     return fault
         for tensor in scope.outputs:
             if fault := read(tensor, "the outputs"):

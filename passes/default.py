@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from .fold_constants import FoldConstants
+from .fold_shapes import FoldShapes
+from .fuse_gelu import FuseGelu
+from .fuse_group_norm import FuseGroupNorm
+from .fuse_layer_norm import FuseLayerNorm
+from .fuse_rms_norm import FuseRmsNorm
+from .merge_casts import MergeCasts
+from .merge_reshapes import MergeReshapes
+from .merge_slices import MergeSlices
+from .merge_transposes import MergeTransposes
 from .narrow_types import NarrowTypes
 from .pipeline import Pipeline
 from .remove_dead_nodes import RemoveDeadNodes
@@ -17,6 +26,15 @@ DEFAULT = Pipeline(
         RemoveNoOps(),
         RepairTypes(),
         RepairRanks(),
+        FoldShapes(),  # Constant shapes are what the merges go by.
+        MergeCasts(),
+        MergeSlices(),
+        MergeTransposes(),
+        MergeReshapes(),
+        FuseLayerNorm(),
+        FuseRmsNorm(),
+        FuseGroupNorm(),
+        FuseGelu(),
         RemoveDeadNodes(),
     )
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import itertools
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -18,12 +19,22 @@ import onnx_ir as ir
 from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
-from ..errors import PassError
-from . import checks, numbers
+from ..errors import ModelFileError, PassError
+from . import checks
+from .dump import GraphDump
 from .exchange import Exchange, iterate_stand_ins, stand_in_name
+from .graph_diff import diff
+from .numbers import Runner
+from .reports import PassReport, PipelineReport, PipelineResult, Refusal
 from .surgery import describe, scopes
+from .trust import Comparison
+
+__all__ = ["Notes", "Pass", "PassReport", "Pipeline", "PipelineReport", "PipelineResult", "Refusal"]
 
 _log = logging.getLogger("trtbridge.passes")
+
+_MOST_SWEEPS = 4
+"""How often a pass runs at most, should passes undo each other's work."""
 
 
 class Pass(abc.ABC):
@@ -57,15 +68,14 @@ class Pass(abc.ABC):
     def name(self) -> str:
         return type(self).__name__
 
+    @property
+    def tolerance(self) -> float | None:
+        """How far it may change an output where numbers are compared, relative to the output's largest magnitude.
 
-class Refusal(NamedTuple):
-    """A near miss: a node that a pass looked at and left as it is."""
-
-    node: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.node}: {self.reason}"
+        None, for a pass that is exact but for the order of sums: what the comparison itself allows. A pass that
+        changes precision says more.
+        """
+        return None
 
 
 class Notes:
@@ -120,80 +130,13 @@ class Notes:
         self._names.add(name)
         return name
 
-    def constant(self, values: np.ndarray, base: str) -> gs.Constant:
+    def constant(self, values: np.ndarray | np.generic, base: str) -> gs.Constant:
         """A new constant with a fresh name."""
-        return gs.Constant(self.fresh_name(base), values)
+        return gs.Constant(self.fresh_name(base), np.asarray(values))
 
     def variable(self, like: gs.Tensor, base: str, shape: list[int | str | None] | None = None) -> gs.Variable:
         """A new tensor with a fresh name and the dtype of another."""
         return gs.Variable(self.fresh_name(base), dtype=like.dtype, shape=shape)
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """What one pass did.
-
-    Attributes:
-        name: the pass.
-        rewrites: how many.
-        refusals: near misses.
-        seconds: time in the pass itself.
-        nodes_before: nodes in the model, those of subgraphs included.
-        nodes_after: the same after the pass.
-    """
-
-    name: str
-    rewrites: int
-    refusals: tuple[Refusal, ...]
-    seconds: float
-    nodes_before: int
-    nodes_after: int
-
-    def __str__(self) -> str:
-        counts = f"{self.nodes_before} -> {self.nodes_after} nodes" if self.rewrites else "nothing to do"
-        return "\n".join(
-            [
-                f"{self.name}: {self.rewrites} rewrites, {counts}, {self.seconds * 1e3:.0f} ms",
-                *(f"  refused {refusal}" for refusal in self.refusals),
-            ]
-        )
-
-
-@dataclass(frozen=True)
-class PipelineReport:
-    """What a pipeline did.
-
-    Attributes:
-        passes: one report a pass, in order.
-        comparison: whether ONNX Runtime compared the numbers, or why it did not.
-        seconds: all of it, checks and conversions included.
-    """
-
-    passes: tuple[PassReport, ...]
-    comparison: str
-    seconds: float
-
-    @property
-    def rewrites(self) -> int:
-        return sum(report.rewrites for report in self.passes)
-
-    def __str__(self) -> str:
-        return "\n".join([*map(str, self.passes), f"{self.seconds:.2f} s in all; numbers: {self.comparison}"])
-
-
-@dataclass(frozen=True)
-class PipelineResult:
-    """A rewritten model.
-
-    Attributes:
-        proto: the model; initializers over 1024 bytes are stand-ins.
-        weights: values of exactly its stand-ins, by initializer name.
-        report: what was done.
-    """
-
-    proto: onnx.ModelProto
-    weights: Mapping[str, ir.TensorProtocol]
-    report: PipelineReport
 
 
 @dataclass(frozen=True)
@@ -245,10 +188,13 @@ class Pipeline:
         return Pipeline((*self.passes[:position], new, *self.passes[position:]))
 
     def _find(self, kind: type[Pass] | None) -> list[int]:
-        found = [index for index, item in enumerate(self.passes) if kind is not None and isinstance(item, kind)]
+        if not (isinstance(kind, type) and issubclass(kind, Pass)):
+            hint = f"its class, {type(kind).__name__}" if isinstance(kind, Pass) else "the class of a pass"
+            raise PassError(f"{kind!r} does not say which pass is meant: give {hint}.")
+        found = [index for index, item in enumerate(self.passes) if isinstance(item, kind)]
         if not found:
             has = ", ".join(item.name for item in self.passes) or "none"
-            raise PassError(f"The pipeline has no pass {getattr(kind, '__name__', kind)!r}; its passes: {has}.")
+            raise PassError(f"The pipeline has no pass {kind.__name__!r}; its passes: {has}.")
         return found
 
     def run(
@@ -257,21 +203,29 @@ class Pipeline:
         weights: Mapping[str, ir.TensorProtocol],
         *,
         check: Mapping[str, np.ndarray] | None = None,
+        runner: Runner | None = None,
         tolerance: float = 1e-4,
         dump_dir: Path | None = None,
     ) -> PipelineResult:
-        """Run all passes, checking the graph after each.
+        """Run all passes, checking the graph after each, and again until none of them rewrites anything.
+
+        Where a pass fails, breaks the graph or changes its numbers, the model before and after it is written to
+        ``dump_dir``, or else to a temporary folder, and the error says where.
 
         Args:
             proto: the model, its large initializers as stand-ins. It is not changed.
             weights: values of the stand-ins by initializer name. Read only where a pass needs the numbers.
-            check: a value for each input. ONNX Runtime then compares the outputs after every pass; a model that it
-                cannot run (one with plugin nodes) or whose numbers are random is not compared, and the report says so.
-            tolerance: largest change of an output, relative to its largest magnitude.
-            dump_dir: folder where the model after each pass is written (without the weights).
+            check: a value for each input. The outputs are then compared after every pass with those before it; a model
+                that cannot be run or whose numbers are random is not compared, and the report says so.
+            runner: runs models for the comparison; default ONNX Runtime on the CPU, which knows no plugin nodes.
+            tolerance: largest change of an output by one pass, relative to its largest magnitude; `Pass.tolerance` goes
+                before it.
+            dump_dir: folder where the model before all passes and after each is written (`GraphDump`), with a text that
+                says what the pass changed. Files of an earlier dump are removed.
 
         Raises:
             PassError: the model is broken, a pass failed or broke it, or it changed inputs, outputs or numbers.
+            ModelFileError: ``dump_dir`` cannot be written.
         """
         start = time.perf_counter()
         for name in iterate_stand_ins(proto.graph):
@@ -281,56 +235,88 @@ class Pipeline:
         if fault := checks.graph_fault(exchange.graph):
             raise PassError(f"The model is not valid, before any pass: {fault}.")
         notes = Notes(_opset(proto), weights, exchange.names())
-        comparison, expected = _reference(proto, weights, check)
-        reports: list[PassReport] = []
-        for number, item in enumerate(self.passes, start=1):
-            reports.append(_run_one(item, exchange.graph, notes))
-            if expected is None and dump_dir is None:
-                continue
-            current, current_weights = exchange.export(weights)
-            if dump_dir is not None:
-                dump_dir.mkdir(parents=True, exist_ok=True)
-                onnx.save(current, dump_dir / f"{number:02}_{item.name}.onnx")
-            if expected is not None and check is not None:
-                try:
-                    actual = numbers.run(current, current_weights, check)
-                except Exception as error:  # ONNX Runtime's errors share no base class.
-                    raise PassError(f"{item.name} left a model that ONNX Runtime cannot run: {error}") from error
-                changed = numbers.difference(expected, actual, tolerance)
-                if changed:
-                    raise PassError(f"{item.name} changed the model's numbers: {changed}.")
+        dump = None if dump_dir is None else GraphDump(dump_dir, _size(weights))
+        if dump is not None:
+            dump.add("00_model", proto, weights)
+        comparison = Comparison(proto, weights, check, runner, tolerance)
+        reports: dict[int, PassReport] = {}
+        quiet = steps = 0
+        # What a pass makes may be what one ahead of it looks for, so all go round until none of them finds anything.
+        while quiet < len(self.passes) and steps < _MOST_SWEEPS * len(self.passes):
+            position = steps % len(self.passes)
+            item, is_first = self.passes[position], steps < len(self.passes)
+            steps += 1
+            try:
+                report = _run_one(item, exchange.graph, notes)
+                quiet = 0 if report.rewrites else quiet + 1
+                reports[position] = report if is_first else reports[position].then(report)
+                if (is_first or report.rewrites) and (comparison.is_on or dump is not None):
+                    current, current_weights = exchange.export(weights)
+                    if dump is not None:
+                        dump.add(f"{steps:02}_{item.name}", current, current_weights, str(report))
+                    comparison.check(item.name, current, current_weights, item.tolerance)
+            except PassError as error:
+                saved = self._save(steps, proto, weights, exchange, dump)
+                raise PassError(f"{error}\n{saved}") from (error.__cause__ or error)
         result, kept = exchange.export(weights)
         fault = checks.onnx_fault(result)
         if fault and not checks.onnx_fault(proto):
-            raise PassError(f"{self._culprit(proto, weights)} left a model that onnx.checker refuses: {fault}")
-        report = PipelineReport(tuple(reports), comparison, time.perf_counter() - start)
-        return PipelineResult(result, kept, report)
+            raise PassError(self._refused_by_checker(fault, steps, proto, weights, dump))
+        whole = PipelineReport(tuple(reports.values()), comparison.words, time.perf_counter() - start)
+        return PipelineResult(result, kept, whole)
 
-    def _culprit(self, proto: onnx.ModelProto, weights: Mapping[str, ir.TensorProtocol]) -> str:
-        """The first pass after which onnx.checker refuses the model; found by running all again."""
+    def _refused_by_checker(
+        self,
+        fault: str,
+        steps: int,
+        proto: onnx.ModelProto,
+        weights: Mapping[str, ir.TensorProtocol],
+        dump: GraphDump | None,
+    ) -> str:
+        """Words about the first pass after which onnx.checker refuses the model; found by running all again."""
         exchange = Exchange(proto)
         notes = Notes(_opset(proto), weights, exchange.names())
-        for item in self.passes:
+        for step, item in enumerate(self._sequence(steps), start=1):
             item.apply(exchange.graph, notes)
-            if checks.onnx_fault(exchange.export(weights)[0]):
-                return item.name
-        return "The pipeline"
+            if first := checks.onnx_fault(exchange.export(weights)[0]):
+                saved = self._save(step, proto, weights, exchange, dump)
+                return f"{item.name} left a model that onnx.checker refuses: {first}\n{saved}"
+        return f"The pipeline left a model that onnx.checker refuses: {fault}"
 
+    def _sequence(self, steps: int) -> Iterator[Pass]:
+        """The passes of the first steps: all of them again and again."""
+        return itertools.islice(itertools.cycle(self.passes), steps)
 
-def _reference(
-    proto: onnx.ModelProto, weights: Mapping[str, ir.TensorProtocol], check: Mapping[str, np.ndarray] | None
-) -> tuple[str, dict[str, np.ndarray] | None]:
-    """What the report says of the comparison, and the outputs to compare with if there is one."""
-    if check is None:
-        return "not compared (not asked for)", None
-    reason = numbers.why_not_comparable(proto)
-    if reason is None:
+    def _save(
+        self,
+        step: int,
+        proto: onnx.ModelProto,
+        weights: Mapping[str, ir.TensorProtocol],
+        broken: Exchange,
+        dump: GraphDump | None,
+    ) -> str:
+        """Write the model before and after a step, the former by running those ahead of it again; says where."""
+        *ahead, last = self._sequence(step)
+        name = last.name
+        exchange = Exchange(proto)
+        notes = Notes(_opset(proto), weights, exchange.names())
+        for item in ahead:
+            item.apply(exchange.graph, notes)
+        before, before_weights = exchange.export(weights)
+        stem = f"{step:02}_{name}"
         try:
-            return "compared by ONNX Runtime after every pass", numbers.run(proto, weights, check)
-        except Exception as error:  # ONNX Runtime's errors share no base class.
-            reason = f"ONNX Runtime cannot run the model: {error}"
-    _log.warning("The passes' numbers are not compared: %s", reason)
-    return f"not compared: {reason}", None
+            dump = dump or GraphDump(Path(tempfile.mkdtemp(prefix="trtbridge-passes-")), _size(weights))
+            first = dump.write(f"{stem}.before.onnx", before, before_weights)
+            try:
+                after, after_weights = broken.export(weights)
+                text = diff(before, after)
+                second = dump.write(f"{stem}.after.onnx", after, after_weights)
+            except Exception as error:  # Whatever a graph that is no graph meets.
+                return f"The graph before {name} is in {first}; the one after it cannot be written: {error!r}"
+            what = dump.write_text(f"{stem}.diff", f"{name}\n\n{text or 'nothing changed'}\n")
+        except (ModelFileError, OSError) as error:
+            return f"The graphs before and after {name} could not be saved: {error}"
+        return f"The graphs before and after {name} are in {first} and {second}; what it changed, in {what}"
 
 
 def _run_one(item: Pass, graph: gs.Graph, notes: Notes) -> PassReport:
@@ -355,6 +341,10 @@ def _run_one(item: Pass, graph: gs.Graph, notes: Notes) -> PassReport:
     _log.info("%s: %d rewrites, %d refusals, %d -> %d nodes, %.3f s",
               item.name, rewrites, len(report.refusals), nodes_before, nodes_after, seconds)  # fmt: skip
     return report
+
+
+def _size(weights: Mapping[str, ir.TensorProtocol]) -> int:
+    return sum(weight.nbytes for weight in weights.values())
 
 
 def _opset(proto: onnx.ModelProto) -> int:

@@ -188,7 +188,7 @@ class TestConvert:
         assert "Net on onnxruntime" in result.stdout
         assert "batch in [1, 8], tuned for 4" in result.stdout
         assert re.search(r"wrote net\.trtb \(\d+\.\d KiB\)", result.stdout)
-        stages = ["load", "trace", "export", "passes", "partition", "verify", "build", "save"]
+        stages = ["load", "trace", "export", "passes", "verify", "partition", "build", "save"]
         assert re.findall(r"^\w+", result.stderr, re.M) == stages
         assert "\x1b" not in result.output
 
@@ -405,7 +405,7 @@ class TestExplain:
         assert "torch.cummax(x * 2, 1)" in result.stdout
         assert result.stdout.rstrip().endswith("converts")
         assert re.findall(r"^\w+", result.stderr, re.M) == [
-            *("load", "trace", "export", "passes", "partition", "verify", "parse")
+            *("load", "trace", "export", "passes", "verify", "partition", "parse")
         ]
 
     def test_options_about_plugins(self) -> None:

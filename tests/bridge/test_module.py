@@ -213,7 +213,7 @@ def test_engine_without_a_gpu_is_built_saved_and_inspected(tmp_path: Path) -> No
     stages = [name for name, _ in phases]
     # "parse" comes where there are several engines: not where the plugin is inside one (TensorRT-RTX from 1.7 on).
     assert list(dict.fromkeys(s for s in stages if ":" not in s and s != "parse")) == [
-        *("trace", "export", "passes", "partition", "verify", "build")
+        *("trace", "export", "passes", "verify", "partition", "build")
     ]
     builds = [fraction for name, fraction in phases if name.startswith("build: ")]
     assert len(builds) > 10, "the builder's own phases are reported"

@@ -294,7 +294,9 @@ def test_report(tools, caplog, tmp_path):
     assert "keeps the name of an output" in str(result.report)
     levels = {record.levelno for record in caplog.records}
     assert levels == {logging.DEBUG, logging.INFO}
-    assert sorted(path.name for path in (tmp_path / "dumps").iterdir())[0] == "01_FoldConstants.onnx"
+    assert {"00_model.onnx", "01_FoldConstants.onnx", "01_FoldConstants.diff"} <= {
+        path.name for path in (tmp_path / "dumps").iterdir()
+    }
 
 
 def test_default_on_everything_at_once(tools):
@@ -343,10 +345,10 @@ def _large(nodes: int) -> onnx.ModelProto:
 def test_time_is_linear_in_the_number_of_nodes():
     def seconds(nodes: int) -> float:
         model = _large(nodes)
-        start = time.perf_counter()
+        start = time.process_time()  # what others do on this machine does not count
         result = DEFAULT.run(model, {})
         assert result.report.passes[0].rewrites == nodes // 5
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(500)
     small = min(seconds(1000) for _ in range(3))
