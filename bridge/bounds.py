@@ -38,6 +38,7 @@ def with_bounds(model: OnnxModel, options: Options) -> OnnxModel:
         model = _renamed(model, names)
     if options.max_data_size is not None:
         most = options.max_data_size
+        model = _all_named(model)
         known = {*model.signature.dims, *ranges}
         for text in _dim_texts(model.proto.graph):
             for name in names_in(text) - known:
@@ -99,6 +100,26 @@ def _renamed(model: OnnxModel, names: Mapping[str, str]) -> OnnxModel:
     )
     signature: Signature = dataclasses.replace(model.signature, outputs=outputs)
     return dataclasses.replace(model, proto=proto, signature=signature)
+
+
+def _all_named(model: OnnxModel) -> OnnxModel:
+    """A model in which sizes that shape inference left without a name have one, so that they can have a bound.
+
+    Those of results stay: nothing in the model needs a bound for them.
+    """
+    nameless = [
+        (index, axis)
+        for index, value in enumerate(model.proto.graph.value_info)
+        for axis, size in enumerate(value.type.tensor_type.shape.dim)
+        if not size.HasField("dim_value") and not size.dim_param
+    ]
+    if not nameless:
+        return model
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    for number, (index, axis) in enumerate(nameless):
+        proto.graph.value_info[index].type.tensor_type.shape.dim[axis].dim_param = f"data_size_{number}"
+    return dataclasses.replace(model, proto=proto)
 
 
 def _values(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:

@@ -251,6 +251,9 @@ class Planner:
                 # Known mistakes of ONNX Runtime, which it does not report; for a module the check of the export finds
                 # them.
                 self.nodes |= {n.name: why for n in model.proto.graph.node if (why := wrong_in_onnxruntime(n))}
+            # A translation with other plugins may name its nodes otherwise, or have them no more.
+            present = {node.name for node in iterate_nodes(model.proto.graph)}
+            self.nodes = {name: reason for name, reason in self.nodes.items() if name in present}
             if self.nodes:
                 try:
                     model = dataclasses.replace(model, proto=graft(model.proto, self.nodes))

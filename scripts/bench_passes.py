@@ -174,7 +174,7 @@ def _captured(call: Callable[[], Any], row: Row) -> Callable[[], Any]:
         torch.cuda.synchronize()
         return call
     row["cuda_graph"] = True
-    return lambda: (graph.replay(), held)
+    return lambda: (graph.replay(), held, call)  # The graph runs kernels of engines that must stay alive.
 
 
 def _milliseconds(call: Callable[[], Any], calls: int) -> float:

@@ -95,8 +95,8 @@ def users_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return kept + 1, high.logical_not()
 
 
-def spectrum(x: torch.Tensor) -> torch.Tensor:
-    return torch.fft.rfft(torch.tanh(x), dim=-1).abs() * 2
+def complex_roots(x: torch.Tensor) -> torch.Tensor:
+    return torch.sqrt(torch.complex(torch.tanh(x), x * 2)).abs() * 2
 
 
 def integers(x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], Any], torch.dtype, float]] = {
     "several plugins": (several, torch.float32, 1e-4),
     "user's op with bools": (users_op, torch.float32, 1e-5),
     "user's op with bools bfloat16": (users_op, BRAIN, 1e-2),
-    "complex results": (spectrum, torch.float32, 1e-4),
+    "complex results": (complex_roots, torch.float32, 1e-4),
     "int64": (integers, torch.float32, 0.0),
     "size from data among layers": (found, torch.float32, 1e-4),
     "size from data float16": (selected, HALF, 1e-2),
@@ -214,10 +214,13 @@ def test_what_may_be_empty_stays_outside(backend: str) -> None:
     example = torch.randn(4, 8, 8, device="cuda")
     with pytest.raises(tb.UnsupportedOpError, match=r"cummax[\s\S]*may be empty"):
         convert(behind_data, example, backend, "engine")
-    converted = tb.convert(Fn(behind_data), (example,), dynamic_shapes={"x": {0: BATCH}}, backend=backend)
+    converted = tb.convert(
+        Fn(behind_data), (example,), dynamic_shapes={"x": {0: BATCH}}, backend=backend, max_data_size=16 * 64
+    )
     inside = [plugin["op"] for engine in converted.program.engines for plugin in engine.info["plugins"]]
     assert inside == ["aten::masked_select.default"]
-    assert [call.op for call in converted.program.plugin_calls] == ["aten::cummax.default"]
+    (call,) = converted.program.plugin_calls  # torch 2.11 calls it python::torch.cummax
+    assert "cummax" in call.op
     for x in (example, torch.randn(7, 8, 8, device="cuda"), torch.zeros(3, 8, 8, device="cuda")):
         close(converted(x), behind_data(x))
 
