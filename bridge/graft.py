@@ -22,6 +22,7 @@ from ..errors import PluginError
 from ..plugins.calls import encode, stated_results
 from ..plugins.registry import call_op, find_op, op_name
 from ..plugins.sizes import names_in
+from .shared_memory import refuse_written_view
 from .subprogram import as_program_call
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def graft_calls(program: torch.export.ExportedProgram, names: Sequence[str]) -> 
     wanted = set(names)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.name in wanted:
+            refuse_written_view(graph, node)
             _graft(graph, node)
     _stay_real(graph)
     copied._graph_module.recompile()

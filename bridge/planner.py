@@ -200,10 +200,13 @@ class Planner:
                 nodes[root] = reason
             elif call and call not in self.calls and call not in self._fixed:
                 calls.setdefault(call, reason)
-            elif refusal.node and self._can_run_alone(refusal.node):
-                nodes[refusal.node] = reason
         if self._add_calls(calls):
             return True
+        for refusal in refusals:  # also those whose call has just turned out to be none that can be a plugin
+            call, node = refusal.origin.call, refusal.node
+            hopeless = not call or call in self.calls or call in self._fixed
+            if hopeless and node and node not in nodes and self._can_run_alone(node):
+                nodes[node] = f"{title} refuses {refusal.op_type}: {refusal.reason.strip()}".removesuffix(": ")
         new = {name: reason for name, reason in nodes.items() if name not in self.nodes}
         for name, reason in new.items():
             logger.info("node %s becomes a plugin: %s", name, reason)

@@ -91,6 +91,8 @@ def find_wrong_calls(traced: ExportedModule, model: OnnxModel, plan: Plan) -> di
     if not wrong:
         return {}
     found = _first_wrong_call(interpreter, model, plan, inputs)
+    plugins = {call.origin.call for call in plan.plugin_calls}
+    found = {call: reason for call, reason in found.items() if call not in plugins}  # these were not translated
     if not found:
         logger.warning(
             "%s: the exported graph gives other numbers than the module for output(s) %s (%s), and no single call is "

@@ -46,7 +46,8 @@ class FoldConstants(Pass):
 
     Constant nodes become initializers. ``Shape`` folds where what is used of it is known, so a partly dynamic shape
     does too. Numbers come from ONNX Runtime, for types that NumPy lacks from ONNX's reference implementation. Random
-    ops, quantization, plugin nodes and the transposes of weights stay. A folded output of the graph keeps its name behind an Identity.
+    ops, quantization, plugin nodes and the transposes of weights stay. A folded output of the graph keeps its name
+    behind an Identity.
 
     Attributes:
         size_limit_bytes: a result larger than this is folded only if it is no larger than the constants that vanish

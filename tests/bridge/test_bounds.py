@@ -110,3 +110,27 @@ def test_bad_output_shapes_are_named(shapes: Any, words: str) -> None:
 
     with pytest.raises(tb.OptionError, match=words):
         tb.convert(Both(), (torch.randn(4, 6),), dynamic_shapes=DYNAMIC, backend="onnxruntime", output_shapes=shapes)
+
+
+class Fill(torch.nn.Module):
+    """Writes to a view whose size depends on data."""
+
+    def forward(self, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        size = n.max().item()
+        torch._check(size >= 0)
+        torch._check(size <= 16)
+        filled = torch.cummax(x, 0).values.clone()
+        filled[:size] = torch.cummax(x, 0).values[:size] * 2
+        return filled + 1
+
+
+@pytest.mark.rtx
+def test_sizes_without_a_name_have_the_bound_that_is_stated() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    args = (torch.randn(16, 4), torch.tensor([3, 5]))
+    with pytest.raises(tb.DynamicShapeError, match=r"\(\?, 1\) int64"):
+        tb.convert(Fill(), args, backend="tensorrt_rtx")
+    program = tb.convert(Fill(), args, backend="tensorrt_rtx", max_data_size=16).program
+    assert program.engines
+    # The view stays in the graph: as a plugin it would be a copy, what is written to it lost, and the sum "wrong".
+    assert "aten::add.Tensor" not in {call.op for call in program.plugin_calls}

@@ -415,3 +415,40 @@ def test_random_tensors_may_be_written_to() -> None:
     fast = tb.convert(_module(function), (x,), backend="onnxruntime")
     for sign in (1, -1):
         torch.testing.assert_close(fast(x * sign), function(x * sign))
+
+
+def test_views_that_are_written_to_are_no_plugins() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        kept = x * 2
+        read = kept[:2] + 1
+        kept[1:] = 0
+        return kept[:1] + read[:1]
+
+    traced = trace(_module(function), (torch.randn(4, 3),))
+    problems = {
+        node.name: traced.plugin_problem(node.name)
+        for node in traced.program.graph.nodes
+        if node.target is torch.ops.aten.slice.Tensor
+    }
+    words = list(problems.values())
+    assert "is a view" in words[0], "what it views is written to later, and what it returns could be"
+    assert "is a view" in words[1], "it is written to"
+    assert words[2:] == ["", ""], "nothing is written any more"
+
+
+def test_a_plugin_that_gives_other_numbers_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """It is run by torch, so there is nothing to make a plugin of; silence would hide that the numbers differ."""
+    library = torch.library.Library("trtbridge_tests_planner", "FRAGMENT")
+    library.define("counted(Tensor x) -> Tensor")
+    calls: list[int] = []
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x + len(calls)
+
+    torch.library.impl(library, "counted", "CompositeExplicitAutograd")(counted)
+    torch.library.register_fake("trtbridge_tests_planner::counted", torch.empty_like, lib=library)
+    op = torch.ops.trtbridge_tests_planner.counted
+    fast = tb.convert(_module(lambda x: op(x) * 2), (torch.ones(3),), backend="onnxruntime")
+    assert _plugins(fast) == ["trtbridge_tests_planner::counted.default"]
+    assert "no single call is to blame" in caplog.text
