@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from .fold_constants import FoldConstants
 from .fold_shapes import FoldShapes
-from .fuse_gelu import FuseGelu
-from .fuse_group_norm import FuseGroupNorm
-from .fuse_layer_norm import FuseLayerNorm
-from .fuse_rms_norm import FuseRmsNorm
 from .merge_casts import MergeCasts
 from .merge_reshapes import MergeReshapes
 from .merge_slices import MergeSlices
@@ -31,10 +27,11 @@ DEFAULT = Pipeline(
         MergeSlices(),
         MergeTransposes(),
         MergeReshapes(),
-        FuseLayerNorm(),
-        FuseRmsNorm(),
-        FuseGroupNorm(),
-        FuseGelu(),
         RemoveDeadNodes(),
     )
 )
+"""What every conversion runs.
+
+The fusions of norms and GELU are not among them: TensorRT-RTX finds these by itself, and its engines were no faster for
+them (docs/bench-passes.md). They are for graphs that overflow in 16 bits, or go elsewhere.
+"""

@@ -1,7 +1,7 @@
 """Graphs that TensorRT-RTX builds without a word and computes wrongly, in a form that it computes right.
 
-Both were seen with TensorRT-RTX 1.6.1 on an H200, in transformers' Mixtral and torchvision's Mask R-CNN, and an engine
-gives no sign of either (tests/gpu/test_rtx_faults.py). The other form computes the same, so it is taken always:
+All were seen with TensorRT-RTX 1.6.1 on an H200, in models of transformers, torchvision and timm, and an engine gives
+no sign of any (tests/gpu/test_rtx_faults.py). The other form computes the same, so it is taken always:
 
 * **Indices of a top-k in another order.** Behind attention the compiler keeps activations as (sequence, batch) where
   the graph has (batch, sequence). The values of a TopK (ArgMax and ArgMin are one too) come back in the graph's order,
@@ -9,6 +9,7 @@ gives no sign of either (tests/gpu/test_rtx_faults.py). The other form computes 
 * **A result that is never written.** Where one result of the engine is another one with its elements moved (joined
   again from slices, or reshaped to the shape that it has), the compiler drops the moves and writes only one of the two;
   the other is whatever was in memory. An Identity between the tensor and the first result is enough.
+* **Reductions of a rotation**, and **convolutions of one position over few**: rtx_fault_rules.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from ..model import iterate_nodes
+from .rtx_fault_rules import SUFFIX as _SUFFIX
+from .rtx_fault_rules import Facts, multiply_pointwise, turn_by_index
+
 _TOP_K = ("TopK", "ArgMax", "ArgMin")
 _MOVES = {
     "Cast", "Concat", "Expand", "Flatten", "Gather", "GatherND", "Identity", "Reshape", "Slice", "Split", "Squeeze",
@@ -24,7 +29,6 @@ _MOVES = {
 }  # fmt: skip
 _MOST_AXES = 7  # TensorRT has tensors of eight at most, and there is one more
 _FIRST_AXIS = "trtbridge.first_axis"
-_SUFFIX = ".trtbridge"
 
 
 def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -49,13 +53,19 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type in _TOP_K and not node.domain and ranks.get(node.input[0], 0) <= _MOST_AXES
     }
     results = _moved_results(graph)
-    if not lifted and not results:
+    facts = Facts(graph)
+    rewritten = [turn_by_index(graph, facts), multiply_pointwise(graph, facts)]
+    instead = {index: made for rule in rewritten for index, made in rule.nodes.items()}
+    if not lifted and not results and not instead:
         return proto
     copied = onnx.ModelProto()
     copied.CopyFrom(proto)
     nodes: list[onnx.NodeProto] = []
     for index, node in enumerate(copied.graph.node):
-        nodes += _lift(node) if index in lifted else [node]
+        nodes += _lift(node) if index in lifted else instead.get(index, [node])
+    nodes = _read(nodes, graph) if instead else nodes
+    for rule in rewritten:
+        copied.graph.initializer.extend(rule.constants)
     if lifted:
         copied.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), _FIRST_AXIS))
     nodes = [made for node in nodes for made in _apart(node, results)]
@@ -67,6 +77,20 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
 def original_name(name: str) -> str:
     """The name of a node of the graph before `avoid_faults` that a node of the graph after it belongs to."""
     return name.partition(_SUFFIX)[0]
+
+
+def _read(nodes: list[onnx.NodeProto], graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Less those that nobody reads any more, such as the Slices of a Concat that is gone."""
+    kept: list[onnx.NodeProto] = []
+    read = {value.name for value in graph.output}
+    bodies = [attribute.g for node in nodes for attribute in node.attribute if attribute.HasField("g")]
+    inner = {name for body in bodies for node in iterate_nodes(body) for name in node.input}
+    inner |= {value.name for body in bodies for value in body.output}
+    for node in reversed(nodes):
+        if not read.isdisjoint(node.output) or not inner.isdisjoint(node.output) or node.domain:
+            kept.append(node)
+            read.update(node.input)
+    return kept[::-1]
 
 
 def _moved_results(graph: onnx.GraphProto) -> set[str]:

@@ -76,3 +76,77 @@ def test_a_result_in_the_same_shape(backend: str, device: torch.device) -> None:
         x = torch.randn(2, 17, 64, device=device)
         for got, expected in zip(converted(x), module(x), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+class Rotated(torch.nn.Module):
+    """Rotary embedding, then a normalization of each head: off by half of the size of the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.arange(16)[:, None] / 10000 ** (torch.arange(32) / 32)
+        self.register_buffer("cos", torch.cat([angles.cos()] * 2, -1))
+        self.register_buffer("sin", torch.cat([angles.sin()] * 2, -1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        turned = x * self.cos + torch.cat((-x[..., 32:], x[..., :32]), -1) * self.sin
+        return turned * torch.rsqrt(turned.pow(2).mean(-1, keepdim=True) + 1e-5), turned.softmax(-1)
+
+
+def test_a_rotation_that_is_reduced(backend: str, device: torch.device) -> None:
+    module, x = Rotated().to(device), torch.randn(2, 4, 16, 64, device=device)
+    for got, expected in zip(tb.convert(module, (x,), backend=backend)(x), module(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+class GlobalResponse(torch.nn.Module):
+    """The end of a ConvNeXt V2 block: NaN over 3x3 positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = torch.nn.Conv2d(320, 1280, 1), torch.nn.Conv2d(1280, 320, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.gelu(self.up(x))
+        norm = torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True)
+        return self.down(y + y * (norm / (norm.mean(1, keepdim=True) + 1e-6))) + x
+
+
+def test_a_convolution_of_one_position_over_few(backend: str, device: torch.device) -> None:
+    for edge in (2, 3, 4):
+        module, x = GlobalResponse().to(device), torch.randn(2, 320, edge, edge, device=device)
+        with torch.no_grad():
+            expected = module(x)
+        found = tb.convert(module, (x,), backend=backend)(x)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+class Projections(torch.nn.Module):
+    """A block of Whisper's encoder: with weights transposed ahead of the builder, wrong at batch 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Conv1d(80, 512, 3, padding=1), torch.nn.Conv1d(512, 512, 3, 2, padding=1)
+        self.places = torch.nn.Parameter(torch.randn(500, 512) * 0.02)
+        self.norm = torch.nn.LayerNorm(512)
+        self.query, self.value, self.out = (torch.nn.Linear(512, 512) for _ in range(3))
+        self.key = torch.nn.Linear(512, 512, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.gelu(self.second(F.gelu(self.first(x)))).permute(0, 2, 1) + self.places
+        y = self.norm(y)
+        parts = (layer(y).view(-1, 500, 8, 64).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        return self.out(F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(-1, 500, 512))
+
+
+def test_products_of_many_rows(backend: str, device: torch.device) -> None:
+    module = Projections().eval().to(device)
+    dims = {"x": {0: tb.Dim("batch", min=1, opt=8, max=32)}}
+    converted = tb.convert(module, (torch.randn(2, 80, 1000, device=device),), dynamic_shapes=dims, backend=backend)
+    for batch in (1, 8, 32):
+        x = torch.randn(batch, 80, 1000, device=device)
+        with torch.no_grad():
+            expected = module(x)
+        similar = F.cosine_similarity(converted(x).flatten(), expected.flatten(), 0)
+        assert float(similar) > 0.9999

@@ -73,11 +73,11 @@ def test_a_dry_run_and_another(tmp_path: Path) -> None:
         # Times of two runs on a busy CPU may differ by more than noise, which is what status 1 says.
         assert done.returncode in (0, 1), done.stderr
         rows = {one["variant"]: one for one in json.loads((tmp_path / "r.json").read_text())["rows"]}
-        assert {"default", "default again", "FoldConstants"} <= set(rows)
+        assert {"default", "default again", "FoldShapes"} <= set(rows)
         for one in rows.values():
             assert one["error"] == ""
             assert one["cosine"] > 0.99999
             assert one["ms"] > 0
             assert one["plugins"] == 0
     assert "unet: default" not in done.stdout, "what was measured is not measured again"
-    assert "| FoldConstants | unet | float32 |" in done.stdout
+    assert "| FoldShapes | unet | float32 |" in done.stdout
