@@ -171,23 +171,32 @@ class InputChecker:
         ]
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        tensors: list[Any] = []
-        values = self._bind(args, kwargs)
-        structures = [*self._positional.children, *self._keyword.children]
-        names = [*self._signature.parameters, *self._keyword.keys]
-        for name, value, structure in zip(names, values, structures, strict=True):
-            matches(value, structure, name, tensors)
+        tensors = self.flatten(args, kwargs)
         problems: list[str] = []
         sizes: dict[str, tuple[int, str]] = {}
-        for index in self._signature.complex_inputs:
-            if isinstance(tensors[index], torch.Tensor) and tensors[index].is_complex():
-                tensors[index] = torch.view_as_real(tensors[index].resolve_conj())
         for leaf, tensor in zip(self._leaves, tensors, strict=True):
             problem = leaf.check(tensor, self._device, sizes)
             if problem:
                 problems.append(problem)
         if problems:
             raise InputError("\n".join(problems))
+        return tensors
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """What stands in a call where the signature has tensors, complex ones as (..., 2) reals; not checked further.
+
+        Raises:
+            InputError: the call has another structure, or other fixed values.
+        """
+        tensors: list[Any] = []
+        values = self._bind(args, kwargs)
+        structures = [*self._positional.children, *self._keyword.children]
+        names = [*self._signature.parameters, *self._keyword.keys]
+        for name, value, structure in zip(names, values, structures, strict=True):
+            matches(value, structure, name, tensors)
+        for index in self._signature.complex_inputs:
+            if isinstance(tensors[index], torch.Tensor) and tensors[index].is_complex():
+                tensors[index] = torch.view_as_real(tensors[index].resolve_conj())
         return tensors
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:

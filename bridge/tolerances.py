@@ -24,7 +24,7 @@ class Tolerance:
         atol: absolute, in the units of the result.
         scale: relative to the root mean square of the reference.
         cosine: least cosine similarity of result and reference, from -1 to 1; None asks for none.
-        snr_db: least ratio of signal to error in dB, ``10 log10(sum ref^2 / sum (actual - ref)^2)``; None asks for none.
+        snr_db: least ratio of signal to error in dB, ``10 log10(sum ref^2 / sum (actual - ref)^2)``; None for none.
         outliers: share of the elements that may be beyond, from 0 to 1.
 
     Raises:

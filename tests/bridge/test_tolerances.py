@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -35,7 +37,7 @@ def test_a_dtype_has_one_name(dtype: object, name: str) -> None:
 def test_coarser_dtypes_have_wider_tolerances() -> None:
     order = ["float64", "float32", "tf32", "float16", "bfloat16", "float8"]
     limits = [default_tolerance(name) for name in order]
-    for finer, wider in zip(limits, limits[1:], strict=False):
+    for finer, wider in itertools.pairwise(limits):
         assert finer.rtol < wider.rtol
         assert finer.atol < wider.atol
         assert finer.scale < wider.scale
