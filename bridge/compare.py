@@ -24,8 +24,8 @@ Tolerances = Tolerance | Mapping[str, Tolerance]
 
 
 def compare(
-    a: Subject,
-    b: Subject,
+    a: Subject | Side,
+    b: Subject | Side,
     inputs: Any = None,
     *,
     tolerance: Tolerances | None = None,
@@ -34,6 +34,7 @@ def compare(
     seed: int = 0,
     top_k: bool | Sequence[int] = False,
     prepare: Prepare | None = None,
+    int_max: int = 2,
     device: torch.device | str | None = None,
     save_outputs: str | os.PathLike[str] | None = None,
     save_inputs: str | os.PathLike[str] | None = None,
@@ -57,6 +58,7 @@ def compare(
         seed: of the random inputs.
         top_k: count how often the largest values along the last dimension agree: for True the 1 and 5 largest.
         prepare: makes a call of what ``inputs`` yields, as ``lambda batch: batch[0]``.
+        int_max: random integers are below this, so that they are valid indices.
         device: where files and ONNX models run.
         save_outputs: write the results of both as Polygraphy's RunResults, which ``polygraphy inspect data`` and
             ``polygraphy run --load-outputs`` read: one file (.json, all in memory), or a folder with one a sample.
@@ -73,7 +75,7 @@ def compare(
     """
     _check_options(tolerance, golden, samples, top_k)
     sides = (make_side(a, device), make_side(b, device))
-    loader = _loader(sides, inputs, samples, seed, prepare)
+    loader = _loader(sides, inputs, prepare) if inputs is not None else _random(sides, samples, seed, int_max)
     return run_comparison(
         sides,
         loader,
@@ -185,22 +187,25 @@ def pair_outputs(reference: Sequence[str], actual: Sequence[str], names: Sequenc
     )
 
 
-def _loader(sides: tuple[Side, Side], inputs: Any, samples: int | None, seed: int, prepare: Prepare | None) -> Samples:
-    signatures = [side.signature for side in sides if side.signature is not None]
+def _loader(sides: tuple[Side, Side], inputs: Any, prepare: Prepare | None) -> Samples:
+    """The user's inputs. The labels of a signature go before those of a module, which are the same, but for an .onnx
+    file, whose inputs have names of their own."""
     bounded = [side.signature for side in sides if side.signature is not None and side.bounded]
-    if inputs is not None:
-        modules = [side.runs for side in sides if side.signature is None]
-        # A module binds its own arguments; the labels of a signature are those of the same module.
-        signature = next(iter([*bounded, *signatures]), None)
-        if hasattr(inputs, "input_metadata") and signature is not None:  # a loader of Polygraphy's
-            inputs.input_metadata = input_metadata(signature)
-        return given_samples(inputs, signature, modules[0] if modules else None, prepare)
-    if not bounded:
-        what = (
-            "neither side tells the shapes of its inputs" if not signatures else "the inputs have sizes without a range"
-        )
-        raise InputError(f"Give inputs: {what}.")
-    return generated_samples(bounded[0], samples, seed)
+    others = [side.signature for side in sides if side.signature is not None]
+    modules = [side.runs for side in sides if side.signature is None]
+    signature = next(iter([*bounded, *others]), None)
+    if hasattr(inputs, "input_metadata") and signature is not None:  # a loader of Polygraphy's
+        inputs.input_metadata = input_metadata(signature)
+    return given_samples(inputs, signature, modules[0] if modules else None, prepare)
+
+
+def _random(sides: tuple[Side, Side], samples: int | None, seed: int, int_max: int) -> Samples:
+    signatures = [side.signature for side in sides if side.signature is not None]
+    for side in sides:
+        if side.signature is not None and side.bounded:
+            return generated_samples(side.signature, samples, seed, int_max)
+    what = "the inputs have sizes without a range" if signatures else "neither side tells the shapes of its inputs"
+    raise InputError(f"Give inputs: {what}.")
 
 
 def _check_options(

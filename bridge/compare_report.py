@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import AccuracyError
+from ..errors import AccuracyError, ModelFileError
+from .cache import write_atomically
 from .compare_statistics import QUANTILES, OutputStatistics, cosine_of, snr_db
 from .tolerances import Tolerance
 
@@ -217,6 +220,30 @@ class CompareReport:
         """The inverse of `to_json`."""
         outputs = tuple(OutputReport.from_json(output) for output in data["outputs"])
         return cls(data["reference"], data["actual"], data["inputs"], data["samples"], outputs)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None, layers: Sequence[Any] = ()) -> str:
+        """The report as one page that needs nothing else: no script, no network.
+
+        Args:
+            path: where to write it; None writes nothing.
+            layers: the error layer by layer, as `localize` finds it: things with a ``name`` and an ``error``, and
+                perhaps a ``tolerance``, ``op`` and ``place``.
+
+        Returns:
+            The page's text.
+
+        Raises:
+            ModelFileError: it cannot be written.
+        """
+        from .report_html import make_page
+
+        text: str = make_page(self, layers)
+        if path is not None:
+            try:
+                write_atomically(Path(path), lambda file: file.write(text.encode()))
+            except OSError as error:
+                raise ModelFileError(f"Cannot write {path}: {error}.") from error
+        return text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"reference {self.reference}\ncompared  {self.actual}\ninputs    {self.inputs}")

@@ -68,7 +68,7 @@ class Side:
         return ModuleRunner(self.runs, layout, name, golden, _own_dtype(self.runs))
 
 
-def make_side(subject: Subject, device: torch.device | str | None = None) -> Side:
+def make_side(subject: Subject | Side, device: torch.device | str | None = None) -> Side:
     """Make one side ready.
 
     Args:
@@ -80,6 +80,8 @@ def make_side(subject: Subject, device: torch.device | str | None = None) -> Sid
         ModelFileError: a file is missing, damaged, or of another kind.
         BackendError: it cannot run on this machine.
     """
+    if isinstance(subject, Side):
+        return subject
     if isinstance(subject, (str, os.PathLike)):
         return _file_side(Path(subject), device)
     if isinstance(subject, EngineModule):

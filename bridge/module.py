@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -22,6 +22,9 @@ from .program import EngineStep, Program
 from .runtime import RunningProgram
 from .structure import child_labels, matches
 from .text import size_text
+
+if TYPE_CHECKING:
+    from .compare_report import CompareReport
 
 
 class EngineModule(torch.nn.Module):
@@ -87,6 +90,14 @@ class EngineModule(torch.nn.Module):
     def inspect(self) -> str:
         """What it runs, as text: inputs, steps with sizes and layers, plugins with their Python lines, outputs."""
         return describe(self.program)
+
+    @property
+    def verification(self) -> CompareReport | None:
+        """What ``convert(verify=...)`` found, also after `save` and `load`; None where it was not asked."""
+        from .compare_report import CompareReport
+
+        found = self.program.info.get("verification")
+        return None if found is None else CompareReport.from_json(found)
 
     def extra_repr(self) -> str:
         engines, plugins = self.program.engines, self.program.plugin_calls

@@ -74,7 +74,14 @@ _FLOATS = {
 _INTEGERS = {"float16": 0.01, "bfloat16": 0.03, "float8": 0.1}
 """Share of integers and booleans that may differ, by what they were computed in: argmax of values that nearly tie."""
 
-_SHORT = {"float": "float32", "double": "float64", "complex64": "float32", "complex128": "float64"}
+_SHORT = {
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "float": "float32",
+    "double": "float64",
+    "complex64": "float32",
+    "complex128": "float64",
+}
 
 
 def default_tolerance(dtype: Any, computed_in: Any = None) -> Tolerance:

@@ -21,6 +21,8 @@ from trtbridge.errors import OptionError
         (np.float16, "float16"),
         (ir.DataType.FLOAT16, "float16"),
         ("float16", "float16"),
+        ("fp16", "float16"),
+        ("bf16", "bfloat16"),
         (ir.DataType.FLOAT, "float32"),
         (ir.DataType.DOUBLE, "float64"),
         (torch.complex64, "float32"),
