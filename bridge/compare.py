@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from .compare_inputs import Prepare, Samples, generated_samples, given_samples
 from .compare_report import CompareReport, OutputReport
 from .compare_statistics import OutputStatistics
 from .compare_subjects import Side, Subject, make_side
+from .model import Signature
 from .runners import input_metadata, quiet_polygraphy, to_tensor
 from .tolerances import Tolerance, coarser
 
@@ -201,11 +203,26 @@ def _loader(sides: tuple[Side, Side], inputs: Any, prepare: Prepare | None) -> S
 
 def _random(sides: tuple[Side, Side], samples: int | None, seed: int, int_max: int) -> Samples:
     signatures = [side.signature for side in sides if side.signature is not None]
-    for side in sides:
-        if side.signature is not None and side.bounded:
-            return generated_samples(side.signature, samples, seed, int_max)
+    bounded = [side.signature for side in sides if side.signature is not None and side.bounded]
+    if bounded:
+        return generated_samples(_within_both(bounded), samples, seed, int_max)
     what = "the inputs have sizes without a range" if signatures else "neither side tells the shapes of its inputs"
     raise InputError(f"Give inputs: {what}.")
+
+
+def _within_both(signatures: Sequence[Signature]) -> Signature:
+    """The first signature, its dims held to the ranges that the other has for dims of the same names."""
+    first, dims = signatures[0], dict(signatures[0].dims)
+    for other in signatures[1:]:
+        for name in dims.keys() & other.dims.keys():
+            low, high = max(dims[name][0], other.dims[name][0]), min(dims[name][2], other.dims[name][2])
+            if low > high:
+                raise InputError(
+                    f"No size of {name} fits both sides: one takes {dims[name][0]} to {dims[name][2]}, the other "
+                    f"{other.dims[name][0]} to {other.dims[name][2]}."
+                )
+            dims[name] = (low, min(max(dims[name][1], low), high), high)
+    return dataclasses.replace(first, dims=dims)
 
 
 def _check_options(

@@ -247,6 +247,18 @@ def test_sides_that_do_not_fit(small: tb.EngineModule, engine: tb.EngineModule) 
         tb.compare("nowhere.trtb", small)
 
 
+def test_random_sizes_fit_both_sides(small: tb.EngineModule) -> None:
+    def engine(low: int, high: int) -> tb.EngineModule:
+        shapes = {"x": {0: tb.Dim("rows", min=low, max=high)}}
+        return tb.convert(Small(), (torch.randn(low, 4),), dynamic_shapes=shapes, backend="onnxruntime")
+
+    narrow = engine(5, 8)
+    for one, other in ((small, narrow), (narrow, small)):
+        assert tb.compare(one, other, samples=3).inputs.endswith("rows 5/5/8")
+    with pytest.raises(tb.InputError, match="No size of rows fits both sides: one takes 5 to 8, the other 70 to 80"):
+        tb.compare(narrow, engine(70, 80))
+
+
 class _Both(torch.nn.Module):
     def forward(self, x: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return x, batch["ids"]

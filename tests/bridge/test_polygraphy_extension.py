@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import subprocess
@@ -13,12 +14,13 @@ import onnx
 import onnx.parser
 import pytest
 import torch
+from polygraphy import config
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import Comparator, DataLoader, RunResults
 from polygraphy.logger import G_LOGGER
 
 import trtbridge as tb
-from trtbridge.bridge.polygraphy_extension import TrtBridgeRunner, dynamic_shapes
+from trtbridge.bridge.polygraphy_extension import TrtBridgeRunner, TrtBridgeRunnerArgs, dynamic_shapes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -124,6 +126,13 @@ def test_results_of_compare_are_loaded_by_polygraphy_run(
         status = polygraphy(*run, *shapes)
         assert (status == 0) == passes, capsys.readouterr().out
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_backend_chooses_the_tensorrt_of_polygraphy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "USE_TENSORRT_RTX", False)
+    for backend, rtx in (("tensorrt_rtx", True), ("onnxruntime", True), (None, True), ("tensorrt", False)):
+        TrtBridgeRunnerArgs().parse_impl(argparse.Namespace(trtbridge_backend=backend, trtbridge_load=None))
+        assert rtx == config.USE_TENSORRT_RTX, backend
 
 
 def test_the_runner_by_itself(file: Path, tmp_path: Path) -> None:
