@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -159,3 +164,53 @@ def test_powers_of_ten() -> None:
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(tb.ModelFileError, match="Cannot write"):
         reported(0.1).to_html(tmp_path / "missing" / "report.html")
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+HARNESS = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0"><script>
+const frame = document.createElement("iframe");
+frame.style = "border:0;height:900px;width:WIDTHpx";
+frame.srcdoc = PAGE;
+frame.onload = () => {
+  const page = frame.contentDocument, cut = [];
+  if (page.documentElement.scrollWidth > WIDTH) cut.push("the page scrolls sideways");
+  for (const part of page.querySelectorAll("main *")) {
+    const box = part.getBoundingClientRect();
+    if (box.width && (box.right > WIDTH + 0.5 || box.left < -0.5)) cut.push(part.tagName + " " + part.textContent);
+    if (part.scrollWidth > part.clientWidth + 1 && part.clientWidth) cut.push("inside " + part.tagName);
+    if (part.tagName == "text") {
+      const edge = part.ownerSVGElement.getBoundingClientRect();
+      if (box.right > edge.right + 0.5 || box.left < edge.left - 0.5) cut.push("label " + part.textContent);
+      if (box.height < 7) cut.push("too small to read: " + part.textContent);
+    }
+  }
+  const found = document.createElement("pre");
+  found.id = "found";
+  found.textContent = "parts " + page.querySelectorAll("main *").length + "; cut: " + cut.join("; ") + ".";
+  document.body.append(found);
+};
+document.body.append(frame);
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_is_cut_in_a_browser(width: int, tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    found = [FakeLayer(f"a_name_without_any_space_{index}" * 3, 10.0 ** -(index % 9)) for index in range(80)]
+    found[40] = FakeLayer("culprit", 0.3, "0.3 instead of 1e-3")
+    report = reported(float("nan"), label="hidden_states['a_long_name_without_spaces'].last_hidden_state[0]")
+    both = dataclasses.replace(report, outputs=(*report.outputs, *reported(1e-3, samples=40).outputs))
+    page = both.to_html(layers=found)
+    harness = tmp_path / "harness.html"
+    text = HARNESS.replace("WIDTH", str(width)).replace("PAGE", json.dumps(page).replace("</", "<\\/"))
+    harness.write_text(text)
+    command = [CHROMIUM, "--headless=new", "--disable-gpu", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={width + 100},1000", "--virtual-time-budget=5000", "--dump-dom", harness.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    said = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert said is not None, done.stdout[-500:]
+    count, cut = re.fullmatch(r"parts (\d+); cut: (.*)\.", said[1], re.DOTALL).groups()  # type: ignore[union-attr]
+    assert int(count) > 100
+    assert cut == ""
