@@ -55,7 +55,8 @@ def compare(
             smallest, the largest, random ones.
         tolerance: limits, for all outputs or by label; by default those that rounding in the dtypes explains
             (`tolerances.default_tolerance`).
-        golden: "float64" runs a copy of the module ``a`` in float64 as the reference.
+        golden: "float64" runs a copy of the module ``a`` in float64 as the reference; ``a`` itself is measured, too
+            (`CompareReport.baseline`), which shows what its own dtype loses.
         samples: how many random inputs, or how many to take of those given at most.
         seed: of the random inputs.
         top_k: count how often the largest values along the last dimension agree: for True the 1 and 5 largest.
@@ -114,6 +115,10 @@ def run_comparison(
     runners = [sides[0].runner(names[0], loader.layout, golden), sides[1].runner(names[1], loader.layout)]
     computed_in = coarser("" if golden else sides[0].computed_in, sides[1].computed_in)
     gathered = _Gatherer(names, tolerance, computed_in, top_k)
+    own = None
+    if golden:
+        runners.append(sides[0].runner(f"{sides[0].name}, as it is", loader.layout))
+        own = _Gatherer([names[0], runners[2].name], tolerance, sides[0].computed_in, top_k)
     with quiet_polygraphy(), _translated():
         stream = Comparator.run(
             runners,
@@ -125,11 +130,14 @@ def run_comparison(
         with contextlib.closing(stream):
             for results in stream:
                 gathered.add(results[0][1][0], results[1][1][0], loader.shape)
+                if own is not None:
+                    own.add(results[0][1][0], results[2][1][0], loader.shape)
                 if limit is not None and gathered.count == limit:
                     break
     if not gathered.count:
         raise InputError("inputs holds no sample.")
-    return gathered.report(loader.text)
+    report = gathered.report(loader.text)
+    return report if own is None else dataclasses.replace(report, baseline=own.report(loader.text).outputs)
 
 
 class _Gatherer:

@@ -169,6 +169,7 @@ class CompareReport:
         inputs: what the inputs were.
         samples: how many.
         outputs: what was found for each output.
+        baseline: with a golden reference, what was found for the module in its own dtype; it does not count for `ok`.
     """
 
     reference: str
@@ -176,11 +177,16 @@ class CompareReport:
     inputs: str
     samples: int
     outputs: tuple[OutputReport, ...]
+    baseline: tuple[OutputReport, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether every output of every sample is within its tolerance."""
         return all(output.ok for output in self.outputs)
+
+    def own_error(self, label: str) -> OutputReport | None:
+        """What the module in its own dtype makes of an output; None without a golden reference."""
+        return next((output for output in self.baseline if output.label == label), None)
 
     def raise_if_failed(self) -> None:
         """Do nothing where all is within tolerance.
@@ -213,13 +219,14 @@ class CompareReport:
             "samples": self.samples,
             "ok": self.ok,
             "outputs": [output.to_json() for output in self.outputs],
+            "baseline": [output.to_json() for output in self.baseline],
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CompareReport:
         """The inverse of `to_json`."""
-        outputs = tuple(OutputReport.from_json(output) for output in data["outputs"])
-        return cls(data["reference"], data["actual"], data["inputs"], data["samples"], outputs)
+        outputs, baseline = (tuple(map(OutputReport.from_json, data[name])) for name in ("outputs", "baseline"))
+        return cls(data["reference"], data["actual"], data["inputs"], data["samples"], outputs, baseline)
 
     def to_html(self, path: str | os.PathLike[str] | None = None, layers: Sequence[Any] = ()) -> str:
         """The report as one page that needs nothing else: no script, no network.
@@ -250,6 +257,9 @@ class CompareReport:
         yield self._table()
         for output in self.outputs:
             yield Text(f"{output.label}: allowed {output.tolerance}")
+            if (own := self.own_error(output.label)) is not None:
+                words = f"max abs {number(own.max_abs)}, SNR {number(own.snr_db, '.1f')} dB"
+                yield Text(f"  the reference in {own.dtypes[1]} instead of {own.dtypes[0]}: {words}")
             for line in output.failures:
                 yield Text(f"  out of tolerance: {line}", style="red")
             if not output.ok and output.worst:

@@ -62,7 +62,7 @@ def make_page(report: CompareReport, found_layers: Sequence[Any] = ()) -> str:
     parts = [_header(report)]
     if found_layers:
         parts.append(_layers_section(found_layers))
-    parts += [_output_section(output) for output in report.outputs]
+    parts += [_output_section(output, report.own_error(output.label)) for output in report.outputs]
     title = escape(f"{report.actual} against {report.reference}")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -87,7 +87,7 @@ def _header(report: CompareReport) -> str:
     return f'<h1>Comparison {_badge(report.ok)}</h1>\n<section><dl class="facts">{rows}</dl></section>'
 
 
-def _output_section(output: OutputReport) -> str:
+def _output_section(output: OutputReport, own: OutputReport | None) -> str:
     one, other = output.dtypes
     dtypes = one if one == other else f"{other} against {one}"
     extent = f"{_grouped(output.elements)} values of {output.samples} sample(s)"
@@ -96,6 +96,10 @@ def _output_section(output: OutputReport) -> str:
         f'<span class="soft">{escape(dtypes)}, {extent}</span></div>'
     )
     parts = [head, _numbers(output), f'<p class="small">Allowed: {escape(str(output.tolerance))}.</p>']
+    if own is not None:
+        words = f"max absolute error {number(own.max_abs)}, SNR {_decibel(own.snr_db)}"
+        place = escape(f"The reference in {own.dtypes[1]} instead of {own.dtypes[0]}")
+        parts.append(f'<p class="small">{place}: {words}.</p>')
     if output.worst:
         parts.append(f'<p class="small">Largest error: {escape(output.worst)}.</p>')
     if output.failures:

@@ -183,6 +183,15 @@ def test_a_golden_reference() -> None:
     assert golden.outputs[0].max_abs > 0
     assert golden.outputs[0].dtypes == ("float64", "float32")
     assert "in float64" in golden.reference
+    assert plain.baseline == ()
+    assert golden.baseline == golden.outputs, "the other side is the module itself"
+    assert "the reference in float32 instead of float64: max abs" in str(golden)
+    assert "The reference in float32 instead of float64" in golden.to_html()
+    assert CompareReport.from_json(json.loads(json.dumps(golden.to_json()))) == golden
+    exact = Small().half().float()  # the weights of a half module, computed with in single precision
+    half = tb.compare(Small().half(), exact, torch.randn(3, 4).half(), golden="float64")
+    assert half.ok
+    assert half.baseline[0].max_abs > 100 * half.outputs[0].max_abs, "half precision loses more than single"
 
     class Stubborn(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
