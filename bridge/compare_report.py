@@ -185,8 +185,9 @@ class CompareReport:
         return all(output.ok for output in self.outputs)
 
     def own_error(self, label: str) -> OutputReport | None:
-        """What the module in its own dtype makes of an output; None without a golden reference."""
-        return next((output for output in self.baseline if output.label == label), None)
+        """What the module makes of an output in a dtype of its own; None where it has none, or no golden reference."""
+        found = (output for output in self.baseline if output.label == label and len(set(output.dtypes)) == 2)
+        return next(found, None)
 
     def raise_if_failed(self) -> None:
         """Do nothing where all is within tolerance.

@@ -147,7 +147,7 @@ def test_reports_are_written(tmp_path: Path) -> None:
     assert report.reference == "Net in PyTorch on cpu, in float64"
     assert report.outputs[0].top_k.keys() == {1, 5}
     assert page.read_text() == report.to_html()
-    assert [len(iterations) for _, iterations in RunResults.load(str(results)).items()] == [1, 1]
+    assert [len(iterations) for _, iterations in RunResults.load(str(results)).items()] == [1, 1, 1], "and A itself"
     assert inputs.exists()
     again = call(OFF, "net.trtb", "--html", str(page))
     assert "replace it with --force" in again.output
