@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import plugins
 from .errors import (
+    AccuracyError,
     BackendError,
     BuildError,
     CacheError,
@@ -26,12 +27,15 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .bridge.compare import compare
+    from .bridge.compare_report import CompareReport
     from .bridge.convert import convert, explain, load, save
     from .bridge.dims import Dim
     from .bridge.export import export
     from .bridge.module import EngineModule
     from .bridge.options import Options
     from .bridge.precision import PrecisionReport
+    from .bridge.tolerances import Tolerance
     from .passes.default import DEFAULT
     from .passes.pipeline import Pass, Pipeline
     from .plugins.authoring import plugin
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "CompareReport": ".bridge.compare_report",
     "DEFAULT": ".passes.default",
     "Dim": ".bridge.dims",
     "EngineModule": ".bridge.module",
@@ -46,6 +51,8 @@ _LAZY = {
     "Pass": ".passes.pipeline",
     "Pipeline": ".passes.pipeline",
     "PrecisionReport": ".bridge.precision",
+    "Tolerance": ".bridge.tolerances",
+    "compare": ".bridge.compare",
     "convert": ".bridge.convert",
     "explain": ".bridge.convert",
     "export": ".bridge.export",
@@ -56,9 +63,11 @@ _LAZY = {
 
 __all__ = [
     "DEFAULT",
+    "AccuracyError",
     "BackendError",
     "BuildError",
     "CacheError",
+    "CompareReport",
     "Dim",
     "DynamicShapeError",
     "EngineModule",
@@ -73,8 +82,10 @@ __all__ = [
     "Pipeline",
     "PluginError",
     "PrecisionReport",
+    "Tolerance",
     "TrtBridgeError",
     "UnsupportedOpError",
+    "compare",
     "convert",
     "explain",
     "export",

@@ -79,3 +79,15 @@ class CacheError(TrtBridgeError):
 
 class PluginError(TrtBridgeError):
     """A plugin op is not registered in this process, or does not do what its schema says."""
+
+
+class AccuracyError(TrtBridgeError):
+    """Results differ from those of the reference by more than the tolerance.
+
+    Attributes:
+        report: the `bridge.compare_report.CompareReport`.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report

@@ -1,4 +1,4 @@
-"""The ``trtbridge`` command: convert, explain, run, passes, plugins, doctor.
+"""The ``trtbridge`` command: convert, explain, run, compare, passes, plugins, doctor.
 
 torch takes seconds to import, so nothing here does before a command needs it: ``-h`` answers at once.
 """
@@ -18,6 +18,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import BackendError, OptionError
+from .cli_compare import compare as compare_command
 from .cli_display import Stages, reporting
 from .cli_options import (
     BackendOption,
@@ -41,6 +42,7 @@ from .cli_options import (
     Tf32Option,
     TimeoutOption,
     VerboseOption,
+    VerifyOption,
     WorkspaceOption,
     check_writable,
     given_dims,
@@ -48,6 +50,7 @@ from .cli_options import (
     pass_options,
     plugin_options,
     precision_options,
+    verify_options,
 )
 from .cli_passes import passes as passes_command
 from .cli_plugins import app as plugins_app
@@ -71,6 +74,14 @@ app.add_typer(plugins_app)
 app.command("passes", epilog="Examples:\n\n[bold]trtbridge passes[/bold]\n\n[bold]trtbridge passes RemoveNoOps[/bold]")(
     passes_command
 )
+
+
+app.command(
+    "compare",
+    epilog="Examples:\n\n"
+    "[bold]trtbridge compare model.py:make net.trtb --html report.html[/bold]\n\n"
+    "[bold]trtbridge compare net.onnx net.trtb --samples 20 --rtol 1e-2 --atol 1e-3[/bold]",
+)(compare_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -117,6 +128,7 @@ def convert(
     keep_fp32: KeepOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
+    verify: VerifyOption = False,
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -129,6 +141,7 @@ def convert(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
         options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs)
+        options |= verify_options(verify)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import convert as convert_model
@@ -287,6 +300,8 @@ def _summarize(module: EngineModule, path: Path) -> None:
     _print(module.inspect())
     if info.get("precision"):
         _print(str(PrecisionReport.from_json(info["precision"])))
+    if module.verification is not None:
+        _print(str(module.verification))
     _print(f"backend: {module.program.backend} ({info['backend_choice']})")
     _print(f"time: {sum(seconds.values()):.2f} s ({stages})")
     _print(f"wrote {path} ({size_text(path.stat().st_size)})")

@@ -181,6 +181,10 @@ DumpGraphsOption = Annotated[
         help="Write the ONNX after every graph pass, which opens in Netron, and what the pass changed as text.",
     ),
 ]
+VerifyOption = Annotated[
+    bool,
+    typer.Option("--verify", help="Compare the results with the original's on the example; fail where they differ."),
+]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the log, and what each pass did and left alone and why.")
 ]
@@ -245,6 +249,11 @@ def precision_options(precision: str | None, keep_fp32: list[str] | None) -> dic
     """Those options about precision that are given."""
     options = {"precision": precision, "keep_fp32": tuple(keep_fp32 or ()) or None}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def verify_options(verify: bool) -> dict[str, Any]:
+    """Whether the result is compared, where that is given."""
+    return {"verify": True} if verify else {}
 
 
 def pass_options(check_passes: bool, dump_graphs: Path | None) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def convert(
 
     Raises:
         TrtBridgeError: with subclasses `OptionError`, `InputError`, `DynamicShapeError`, `ExportError`,
-            `ModelFileError`, `PassError`, `UnsupportedOpError`, `BuildError`, `BackendError` and `CacheError`.
+            `ModelFileError`, `PassError`, `UnsupportedOpError`, `BuildError`, `BackendError`, `CacheError` and
+            `AccuracyError`.
     """
     chosen = Options.make(options)
     builder, reason = choose_backend(backend)
@@ -67,6 +68,10 @@ def convert(
     if device is None and builder.name == "onnxruntime" and isinstance(model, torch.nn.Module):
         device = _module_device(model) if "cuda" in builder.status().devices else "cpu"
     device = pick_device(builder.name, device)
+    if chosen.verify is not False:
+        from .compare_verify import require_running_here  # Polygraphy is loaded only where it is used
+
+        require_running_here(builder.name, device)
     planner = make_planner(model, args, kwargs, dynamic_shapes, builder, chosen)
     program = planner.build()
     info = {
@@ -76,7 +81,17 @@ def convert(
         "opset": planner.opset,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    return EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)
+    if planner.precision is not None:
+        info["precision"] = planner.precision.to_json()
+    module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)
+    if chosen.verify is not False:
+        from .compare_verify import verify
+
+        with planner.stages.stage("compare"):
+            original = model if isinstance(model, torch.nn.Module) else planner.source
+            assert isinstance(original, (torch.nn.Module, OnnxModel)), "a traced module is made of a torch module"
+            verify(original, module, (args, kwargs), None if chosen.verify is True else chosen.verify)
+    return module
 
 
 def make_planner(

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -22,6 +22,9 @@ from .program import EngineStep, Program
 from .runtime import RunningProgram
 from .structure import child_labels, matches
 from .text import size_text
+
+if TYPE_CHECKING:
+    from .compare_report import CompareReport
 
 
 class EngineModule(torch.nn.Module):
@@ -87,6 +90,14 @@ class EngineModule(torch.nn.Module):
     def inspect(self) -> str:
         """What it runs, as text: inputs, steps with sizes and layers, plugins with their Python lines, outputs."""
         return describe(self.program)
+
+    @property
+    def verification(self) -> CompareReport | None:
+        """What ``convert(verify=...)`` found, also after `save` and `load`; None where it was not asked."""
+        from .compare_report import CompareReport
+
+        found = self.program.info.get("verification")
+        return None if found is None else CompareReport.from_json(found)
 
     def extra_repr(self) -> str:
         engines, plugins = self.program.engines, self.program.plugin_calls
@@ -171,23 +182,32 @@ class InputChecker:
         ]
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        tensors: list[Any] = []
-        values = self._bind(args, kwargs)
-        structures = [*self._positional.children, *self._keyword.children]
-        names = [*self._signature.parameters, *self._keyword.keys]
-        for name, value, structure in zip(names, values, structures, strict=True):
-            matches(value, structure, name, tensors)
+        tensors = self.flatten(args, kwargs)
         problems: list[str] = []
         sizes: dict[str, tuple[int, str]] = {}
-        for index in self._signature.complex_inputs:
-            if isinstance(tensors[index], torch.Tensor) and tensors[index].is_complex():
-                tensors[index] = torch.view_as_real(tensors[index].resolve_conj())
         for leaf, tensor in zip(self._leaves, tensors, strict=True):
             problem = leaf.check(tensor, self._device, sizes)
             if problem:
                 problems.append(problem)
         if problems:
             raise InputError("\n".join(problems))
+        return tensors
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """What stands in a call where the signature has tensors, complex ones as (..., 2) reals; not checked further.
+
+        Raises:
+            InputError: the call has another structure, or other fixed values.
+        """
+        tensors: list[Any] = []
+        values = self._bind(args, kwargs)
+        structures = [*self._positional.children, *self._keyword.children]
+        names = [*self._signature.parameters, *self._keyword.keys]
+        for name, value, structure in zip(names, values, structures, strict=True):
+            matches(value, structure, name, tensors)
+        for index in self._signature.complex_inputs:
+            if isinstance(tensors[index], torch.Tensor) and tensors[index].is_complex():
+                tensors[index] = torch.view_as_real(tensors[index].resolve_conj())
         return tensors
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:

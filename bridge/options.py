@@ -17,6 +17,7 @@ from ..passes.default import DEFAULT
 from ..passes.pipeline import Pipeline
 from .backends.base import BuildOptions, Progress
 from .dims import Dim
+from .tolerances import Tolerance
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Options:
         dump_graphs: folder where the ONNX before all passes and after each is written, with a text of what the pass
             changed. What an earlier conversion wrote there is removed; where a model is translated several times, the
             last time stays.
+        verify: compare the results with the module's on the example (those of an .onnx file with ONNX Runtime's, on
+            random inputs), and raise `AccuracyError` where they are out of tolerance: True for the tolerances of
+            their dtypes, a `Tolerance`, or one each by output. The report is ``module.verification``.
         max_data_size: bound of sizes that depend on data and that nothing else bounds. Engines need one where they read
             such a tensor.
         output_shapes: names and bounds for data-dependent sizes of results, by the result's label or position:
@@ -78,6 +82,7 @@ class Options:
     keep_fp32: Any = ()
     check_passes: bool = False
     dump_graphs: str | os.PathLike[str] | None = None
+    verify: bool | Tolerance | Mapping[str, Tolerance] = False
     max_data_size: int | None = None
     output_shapes: Mapping[str | int, Mapping[int, Dim]] | None = None
 
@@ -126,6 +131,12 @@ class Options:
             "pairs such as ((8, 9), (12, 0))",
         )
         need(self.plugin_host in ("auto", "engine", "segments"), "plugin_host", '"auto", "engine" or "segments"')
+        limits = self.verify.values() if isinstance(self.verify, Mapping) else [self.verify]
+        need(
+            isinstance(self.verify, bool) or all(isinstance(limit, Tolerance) for limit in limits),
+            "verify",
+            "True, False, a tb.Tolerance, or a dict of these by output",
+        )
         size = self.max_data_size
         need(size is None or (_is_int(size) and size > 0), "max_data_size", "a positive number of elements")
         shapes = self.output_shapes
