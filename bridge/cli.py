@@ -40,6 +40,7 @@ from .cli_options import (
     SourceArgument,
     Tf32Option,
     TimeoutOption,
+    ToleranceOption,
     VerboseOption,
     WorkspaceOption,
     check_writable,
@@ -115,6 +116,7 @@ def convert(
     max_data_size: DataSizeOption = None,
     precision: PrecisionOption = None,
     keep_fp32: KeepOption = None,
+    tolerance: ToleranceOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
     verbose: VerboseOption = False,
@@ -128,7 +130,7 @@ def convert(
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
-        options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs)
+        options |= precision_options(precision, keep_fp32, tolerance) | pass_options(check_passes, dump_graphs)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import convert as convert_model
@@ -162,6 +164,7 @@ def explain(
     max_data_size: DataSizeOption = None,
     precision: PrecisionOption = None,
     keep_fp32: KeepOption = None,
+    tolerance: ToleranceOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
     verbose: VerboseOption = False,
@@ -173,7 +176,7 @@ def explain(
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
-        options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs)
+        options |= precision_options(precision, keep_fp32, tolerance) | pass_options(check_passes, dump_graphs)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import explain as explain_model

@@ -76,6 +76,8 @@ def convert(
         "opset": planner.opset,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
+    if planner.precision is not None:
+        info["precision"] = planner.precision.to_json()
     return EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)
 
 
