@@ -91,6 +91,8 @@ def convert_precision(
     stage = _Stage(request, options, source, measurements or Measurements())
     keep = kept_by_user(model.proto, options.keep_fp32)
     if request.quantized:
+        # By node as well: a convolution that takes in a batch norm makes another tensor.
+        keep |= {n.name: keep[t] for n in model.proto.graph.node for t in n.output if t in keep and n.name}
         prepared = Pipeline((PrepareQuantization(),)).run(model.proto, model.weights)
         model = dataclasses.replace(model, proto=prepared.proto, weights=prepared.weights)
     report = dataclasses.replace(_NO_REPORT, precision=options.precision)
