@@ -21,10 +21,11 @@ from .keep_fp32 import NodeView, kept_by_user, op_name
 from .model import OnnxModel, origin_of
 from .narrow_weights import narrow_weights
 from .options import Options
+from .ort_quantizer import PRODUCTS
 from .precision_report import KeptNode, PrecisionReport
 from .precision_request import DEFAULT_TOLERANCE, TARGETS, Measurements, PrecisionRequest
 from .precision_search import Found, search
-from .quantize import PRODUCTS, Quantized, quantize
+from .quantize import Quantized, quantize
 from .quantize_probe import refused_products
 
 __all__ = ["NodeView", "PrecisionReport", "Refused", "convert_precision", "kept_by_user", "with_opset"]

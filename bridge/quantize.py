@@ -21,9 +21,9 @@ from ..errors import OptionError
 from ..passes.exchange import stand_in_name
 from .calibration import TensorRange
 from .model import INLINE_LIMIT_BYTES, ORIGIN_KEY, OnnxModel, iterate_nodes, make_stand_in, origin_of
+from .ort_quantizer import PRODUCTS, run_quantizer
 from .precision_report import KeptNode
 
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 LARGEST_FLOAT8 = 448.0
 """Of float8e4m3fn (Micikevicius et al. 2022, arXiv:2209.05433)."""
 LARGEST_INT8 = 127.0
@@ -154,9 +154,7 @@ class _Choice:
                 return "its weight is a vector"
         elif node.op_type != "MatMul":
             return "its weight is computed"
-        if node.op_type == "Gemm" and any(
-            a.name in ("beta", "transA") and a.f + a.i not in (0, 1) for a in node.attribute
-        ):
+        if any(attribute.name == "beta" and attribute.f != 1 for attribute in node.attribute):
             return "it is scaled, which the quantizer does not keep"
         for name in (data, weight):
             if name in self.constants:
@@ -245,13 +243,9 @@ def _write(model: OnnxModel, choice: _Choice) -> onnx.ModelProto:
             value.name = own
             graph.value_info.append(value)
     graph.node.extend(copies)
-    quantizer = _quantizer(proto, ranges, list(choice.inputs))
-    for name, position in choice.residuals.items():
-        node = next(node for node in graph.node if node.name == name)
-        quantizer.quantize_activation_tensor(node.input[position])
-    quantizer.quantize_model()
-    quantizer.model.topological_sort()
-    result: onnx.ModelProto = quantizer.model.model
+    adds = {node.name: node for node in graph.node if node.name in choice.residuals}
+    others = [adds[name].input[position] for name, position in choice.residuals.items()]
+    result = run_quantizer(proto, ranges, list(choice.inputs), others)
     made = {node.name for node in copies}
     kept = [node for node in result.graph.node if node.name not in made]
     for node in kept:
@@ -272,26 +266,6 @@ def _type_scales(proto: onnx.ModelProto, types: Mapping[str, int]) -> None:
         if scale is not None and scale.data_type == onnx.TensorProto.FLOAT:
             values = onnx.numpy_helper.to_array(scale).astype(np.float16)
             scale.CopyFrom(onnx.numpy_helper.from_array(np.maximum(values, _LEAST_FLOAT16), scale.name))
-
-
-def _quantizer(proto: onnx.ModelProto, ranges: Mapping[str, tuple[Any, Any]], nodes: list[str]) -> Any:
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
-    # Types are known here; without this mark it would write the model to disk to infer them.
-    proto.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")
-    options = {
-        "ActivationSymmetric": True,
-        "WeightSymmetric": True,
-        "QuantizeBias": False,
-        "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
-        "QDQOpTypePerChannelSupportToAxis": {"MatMul": -1},
-    }
-    data = TensorsData(CalibrationMethod.MinMax, dict(ranges))
-    return QDQQuantizer(
-        proto, True, False, QuantType.QInt8, QuantType.QInt8, data, nodes, [], list(PRODUCTS), options
-    )  # fmt: skip
 
 
 def _values(model: OnnxModel, tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:

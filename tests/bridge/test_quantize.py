@@ -243,6 +243,7 @@ def _quantized(model: OnnxModel, ranges: dict[str, float], kind: str = "int8", *
         ("y = MatMul(w, x)", {"x": 1.0}, "its first input is a constant"),
         ("s = Neg(w)  y = Gemm(x, s)", {"x": 1.0, "s": 1.0}, "its weight is computed"),
         ("y = Gemm <beta = 2.0> (x, w, c)", {"x": 1.0}, "it is scaled"),
+        ("y = Gemm <beta = 0.0> (x, w, c)", {"x": 1.0}, "it is scaled"),
         ("d = DequantizeLinear(q, k)  y = MatMul(x, d)", {"x": 1.0}, "it reads quantized values already"),
     ],
 )
