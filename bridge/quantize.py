@@ -123,7 +123,7 @@ class _Choice:
         for node in self.model.proto.graph.node:
             if node.op_type not in PRODUCTS or node.domain not in ("", "ai.onnx"):
                 continue
-            if self.types.get(node.input[0]) not in _FLOATS:
+            if self.types.get(node.input[0]) not in (*_FLOATS, onnx.TensorProto.BFLOAT16):
                 continue
             if reason := self._refusal(node):
                 self.reasons.append(KeptNode(node.op_type, node.output[0], reason, origin_of(node)))
@@ -145,6 +145,10 @@ class _Choice:
             if name in self.excluded:
                 return self.excluded[name]
         data, weight = node.input[0], node.input[1]
+        if self.types[data] not in _FLOATS:
+            return "the quantizer takes no bfloat16"
+        if self.types.get(weight) != self.types[data]:
+            return f"the type of {weight!r} is not known"
         if any(self.makers[name].op_type == "DequantizeLinear" for name in (data, weight) if name in self.makers):
             return "it reads quantized values already"
         if data in self.constants:

@@ -47,7 +47,9 @@ def main() -> int:
     )
     parser.add_argument("--no-render", action="store_true", help="write no report, only --json")
     parser.add_argument(
-        "--parts", default="runtime,plugins,host,precision,models", help="of %(default)s, separated by commas (default: all)"
+        "--parts",
+        default="runtime,plugins,host,precision,models",
+        help="of %(default)s, separated by commas (default: all)",
     )
     parser.add_argument("--models", default="", help="names, or parts of names, of models, separated by commas")
     parser.add_argument("--workers", type=int, default=6, help="processes at once in the phases without a clock")

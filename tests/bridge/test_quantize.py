@@ -259,6 +259,22 @@ def test_products_that_stay(tmp_path, monkeypatch, text, ranges, reason):
     assert reason in done.unquantized[0].reason
 
 
+def test_what_is_in_bfloat16_stays():
+    model, x = nn.Linear(8, 8).eval().bfloat16(), torch.randn(2, 8).bfloat16()
+    planner = _planner(model, (x,), precision="int8", calibration=[x])
+    planner.plan()
+    assert [node.reason for node in planner.precision.unquantized] == ["the quantizer takes no bfloat16"]
+
+
+def test_a_model_in_float16_is_quantized_as_it_is():
+    model, x = Attention().eval(), torch.randn(2, 10, 32)
+    wanted = model(x).detach()
+    fast = tb.convert(model.half(), (x.half(),), backend="onnxruntime", precision="int8", calibration=[x.half()])
+    assert fast.program.info["precision"]["quantized"] == 4
+    assert fast(x.half()).dtype == torch.float16
+    assert _error(fast(x.half()).float(), wanted) < 0.02
+
+
 def test_a_range_is_found_behind_what_moves_values(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = _file(
