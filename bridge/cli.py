@@ -22,6 +22,7 @@ from .cli_display import Stages, reporting
 from .cli_options import (
     BackendOption,
     CacheOption,
+    CalibrationOption,
     CapabilityOption,
     CheckPassesOption,
     DataSizeOption,
@@ -117,6 +118,7 @@ def convert(
     precision: PrecisionOption = None,
     keep_fp32: KeepOption = None,
     tolerance: ToleranceOption = None,
+    calibration: CalibrationOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
     verbose: VerboseOption = False,
@@ -130,7 +132,8 @@ def convert(
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
-        options |= precision_options(precision, keep_fp32, tolerance) | pass_options(check_passes, dump_graphs)
+        options |= precision_options(precision, keep_fp32, tolerance, calibration)
+        options |= pass_options(check_passes, dump_graphs)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import convert as convert_model
@@ -165,6 +168,7 @@ def explain(
     precision: PrecisionOption = None,
     keep_fp32: KeepOption = None,
     tolerance: ToleranceOption = None,
+    calibration: CalibrationOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
     verbose: VerboseOption = False,
@@ -176,7 +180,8 @@ def explain(
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
-        options |= precision_options(precision, keep_fp32, tolerance) | pass_options(check_passes, dump_graphs)
+        options |= precision_options(precision, keep_fp32, tolerance, calibration)
+        options |= pass_options(check_passes, dump_graphs)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import explain as explain_model

@@ -177,6 +177,15 @@ KeepOption = Annotated[
         help="With --precision, what stays in float32: a module path, an op type, or a pattern of one. Repeatable.",
     ),
 ]
+CalibrationOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="With --precision, a sample to measure on: an .npz file with an array for each argument, by name. "
+        "Repeatable. Default: the example.",
+    ),
+]
 CheckPassesOption = Annotated[
     bool,
     typer.Option(
@@ -251,9 +260,23 @@ def plugin_options(host: str | None, no_fallback: bool, max_data_size: int | Non
     return {name: value for name, value in options.items() if value is not None}
 
 
-def precision_options(precision: str | None, keep_fp32: list[str] | None, tolerance: float | None) -> dict[str, Any]:
-    """Those options about precision that are given."""
-    options = {"precision": precision, "keep_fp32": tuple(keep_fp32 or ()) or None, "precision_tolerance": tolerance}
+def precision_options(
+    precision: str | None, keep_fp32: list[str] | None, tolerance: float | None, calibration: list[Path] | None
+) -> dict[str, Any]:
+    """Those options about precision that are given.
+
+    Raises:
+        ModelFileError: a file of ``calibration`` is missing, or no .npz file.
+    """
+    options: dict[str, Any] = {
+        "precision": precision,
+        "keep_fp32": tuple(keep_fp32 or ()) or None,
+        "precision_tolerance": tolerance,
+    }
+    if calibration:
+        from .cli_run import read_sample
+
+        options["calibration"] = [read_sample(path) for path in calibration]
     return {name: value for name, value in options.items() if value is not None}
 
 

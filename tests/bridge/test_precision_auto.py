@@ -253,6 +253,27 @@ def test_the_command_line_takes_a_tolerance(tmp_path: Path, monkeypatch):
     assert "must be above 0" in wrong.output
 
 
+def test_the_command_line_takes_samples(tmp_path: Path, monkeypatch):
+    text = (
+        '<ir_version: 9, opset_import: ["": 20]> g (float[2,2] x) => (float[2,2] y) '
+        "<float[2,2] w = {1,2,3,4}> { y = MatMul(x, w) }"
+    )
+    monkeypatch.chdir(tmp_path)
+    onnx.save(onnx.parser.parse_model(text), "net.onnx")
+    np.savez("one.npz", x=np.full((2, 2), 25.4, np.float32))
+    np.savez("other.npz", z=np.zeros((2, 2), np.float32))
+    command = ["explain", "net.onnx", "--backend", "onnxruntime", "--precision", "int8", "--calibration"]
+    done = CliRunner().invoke(app, [*command, "one.npz"])
+    assert done.exit_code == 0, done.output
+    assert "1 products in 8 bits, 0 not; ranges: measured on 1 sample" in " ".join(done.output.split())
+    wrong = CliRunner().invoke(app, [*command, "one.npz", "--calibration", "other.npz"])
+    assert wrong.exit_code == 1
+    assert "calibration, sample 1: " in wrong.output
+    missing = CliRunner().invoke(app, [*command, "none.npz"])
+    assert missing.exit_code == 1
+    assert "no file none.npz" in missing.output
+
+
 def _converted(model: nn.Module, x: torch.Tensor, target: str) -> tuple[Any, dict[str, Any]]:
     exported = export(model, (x,))
     converted, _ = convert_precision(exported, exported, Options.make({"precision": target, "calibration": [(x,)]}))
