@@ -38,6 +38,8 @@ def run_quantizer(
         "ActivationSymmetric": True,
         "WeightSymmetric": True,
         "QuantizeBias": False,
+        # Else it reads the biases, which may stand beside the proto, to make room for them in int32.
+        "QDQDisableWeightAdjustForInt32Bias": True,
         "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
         "QDQOpTypePerChannelSupportToAxis": {"MatMul": -1},
     }

@@ -259,6 +259,15 @@ def test_products_that_stay(tmp_path, monkeypatch, text, ranges, reason):
     assert reason in done.unquantized[0].reason
 
 
+def test_large_biases_are_not_read():
+    """They are stand-ins beside the proto, as are the parameters of a batch norm that go into them."""
+    model = nn.Sequential(nn.Conv2d(2, 300, 1), nn.BatchNorm2d(300), nn.Flatten(), nn.Linear(1200, 300)).eval()
+    x = torch.randn(2, 2, 2, 2)
+    fast = tb.convert(model, (x,), backend="onnxruntime", precision="int8", calibration=[x])
+    assert fast.program.info["precision"]["quantized"] == 2
+    assert _error(fast(x), model(x).detach()) < 0.02
+
+
 def test_what_is_in_bfloat16_stays():
     model, x = nn.Linear(8, 8).eval().bfloat16(), torch.randn(2, 8).bfloat16()
     planner = _planner(model, (x,), precision="int8", calibration=[x])

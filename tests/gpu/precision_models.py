@@ -237,8 +237,15 @@ def _whisper(small: bool) -> nn.Module:
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    sizes = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128}
-    config = WhisperConfig(**(sizes | {"max_source_positions": 40} if small else {"d_model": 512, "encoder_layers": 6}))
+    # The base model's sizes.
+    width, layers, heads = (64, 2, 4) if small else (512, 6, 8)
+    config = WhisperConfig(
+        d_model=width,
+        encoder_layers=layers,
+        encoder_attention_heads=heads,
+        encoder_ffn_dim=4 * width,
+        max_source_positions=40 if small else 1500,
+    )
     encoder = WhisperEncoder(config)
     return LastState(encoder)
 
