@@ -36,6 +36,7 @@ MOST_WEIGHT_BYTES = 2 << 30
 
 _FIRST_OPSET = 9
 _FLOAT = onnx.TensorProto.FLOAT
+_FLOATS = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 # Their results hold no other values than their inputs.
 _MOVING = {"Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Tile", "Identity"}
 
@@ -66,6 +67,15 @@ class TensorRange:
         largest = float(magnitude.max()) if magnitude.numel() else 0.0
         return cls._make(largest, counts, float((~finite).sum()))
 
+    def merged(self, other: TensorRange) -> TensorRange:
+        """The range over two samples; the shares are those of the worse one."""
+        return TensorRange(
+            max(self.largest, other.largest),
+            max(self.subnormal_share, other.subnormal_share),
+            max(self.lost_share, other.lost_share),
+            self.finite and other.finite,
+        )
+
     @classmethod
     def _make(cls, largest: float, counts: Sequence[float], infinite: float) -> TensorRange:
         nonzero, normal, kept = counts
@@ -73,12 +83,12 @@ class TensorRange:
         return cls(largest, (nonzero - normal) / of, (nonzero - kept) / of, infinite == 0)
 
 
-def calibrate(model: OnnxModel, inputs: Sequence[torch.Tensor]) -> dict[str, TensorRange]:
-    """Run a model on one example and measure its float32 tensors, those inside conditions and loops excepted.
+def calibrate(model: OnnxModel, *samples: Sequence[torch.Tensor]) -> dict[str, TensorRange]:
+    """Run a model on samples and measure its floating tensors, those inside conditions and loops excepted.
 
     Args:
-        model: in float32; plugin nodes run as they would between engines.
-        inputs: a tensor for each input.
+        model: in float32, or mixed; 16-bit tensors are not rounded. Plugin nodes run as they would between engines.
+        samples: each holds a tensor for each input.
 
     Returns:
         The range of each tensor that a node makes and of each input, by name; tensors that only hold values of others
@@ -87,28 +97,41 @@ def calibrate(model: OnnxModel, inputs: Sequence[torch.Tensor]) -> dict[str, Ten
     Raises:
         TrtBridgeError: ONNX Runtime cannot run the model, or it is too large or too old for that.
     """
+    check_runnable(model)
+    plan = partition(model)
+    measured: dict[str, str] = {}
+    steps = tuple(_measuring(step, measured) if isinstance(step, Segment) else step for step in plan.steps)
+    program = build_plan(dataclasses.replace(plan, steps=steps), get_backend("onnxruntime"), BuildOptions())
+    running = RunningProgram(program, torch.device("cpu"), None)
+    found: dict[str, TensorRange] = {}
+    for sample in samples:
+        tensors = [tensor.detach().cpu() for tensor in sample]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            seen = running.run_all(tensors)
+        ranges = {
+            spec.name: TensorRange.of(tensor)
+            for spec, tensor in zip(model.signature.inputs, tensors, strict=True)
+            if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        }
+        for name, numbers in measured.items():
+            largest, nonzero, normal, kept, infinite = seen[numbers].double().tolist()
+            ranges[name] = TensorRange._make(largest, (nonzero, normal, kept), infinite)
+        found = {name: seen.merged(found.get(name, seen)) for name, seen in ranges.items()}
+    return found
+
+
+def check_runnable(model: OnnxModel) -> None:
+    """See that a model may be run in ONNX Runtime to measure it.
+
+    Raises:
+        TrtBridgeError: it is too large or too old for that.
+    """
     if model.weight_bytes > MOST_WEIGHT_BYTES:
         raise TrtBridgeError(f"its weights of {model.weight_bytes / 1e9:.1f} GB would be held twice")
     opset = next((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), 1)
     if opset < _FIRST_OPSET:
         raise TrtBridgeError(f"opset {opset} is too old, {_FIRST_OPSET} is the first that can be measured")
-    plan = partition(model)
-    measured: dict[str, str] = {}
-    steps = tuple(_measuring(step, measured) if isinstance(step, Segment) else step for step in plan.steps)
-    program = build_plan(dataclasses.replace(plan, steps=steps), get_backend("onnxruntime"), BuildOptions())
-    tensors = [tensor.detach().cpu() for tensor in inputs]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        seen = RunningProgram(program, torch.device("cpu"), None).run_all(tensors)
-    found = {
-        spec.name: TensorRange.of(tensor)
-        for spec, tensor in zip(model.signature.inputs, tensors, strict=True)
-        if tensor.dtype == torch.float32
-    }
-    for name, numbers in measured.items():
-        largest, nonzero, normal, kept, infinite = seen[numbers].double().tolist()
-        found[name] = TensorRange._make(largest, (nonzero, normal, kept), infinite)
-    return found
 
 
 def overflowing(ranges: Mapping[str, TensorRange], margin: float) -> dict[str, str]:
@@ -143,9 +166,13 @@ def _measuring(segment: Segment, measured: dict[str, str]) -> Segment:
         if node.op_type in _MOVING and not node.domain:
             continue
         for name in node.output:
-            if name and types.get(name) == _FLOAT and name not in measured:
+            if name and types.get(name) in _FLOATS and name not in measured:
                 measured[name] = _own(f"{len(measured)}")
-                graph.node.extend(_nodes(name, measured[name]))
+                source = name
+                if types[name] != _FLOAT:
+                    source = f"{measured[name]}_wide"
+                    graph.node.append(onnx.helper.make_node("Cast", [name], [source], to=_FLOAT))
+                graph.node.extend(_nodes(source, measured[name]))
                 outputs.append(onnx.helper.make_tensor_value_info(measured[name], _FLOAT, [5]))
     graph.output.extend(outputs)
     return dataclasses.replace(segment, proto=proto, outputs=(*segment.outputs, *map(spec_of, outputs)))

@@ -23,6 +23,7 @@ from .cli_display import Stages, reporting
 from .cli_options import (
     BackendOption,
     CacheOption,
+    CalibrationOption,
     CapabilityOption,
     CheckPassesOption,
     DataSizeOption,
@@ -41,6 +42,7 @@ from .cli_options import (
     SourceArgument,
     Tf32Option,
     TimeoutOption,
+    ToleranceOption,
     VerboseOption,
     VerifyOption,
     WorkspaceOption,
@@ -126,6 +128,8 @@ def convert(
     max_data_size: DataSizeOption = None,
     precision: PrecisionOption = None,
     keep_fp32: KeepOption = None,
+    tolerance: ToleranceOption = None,
+    calibration: CalibrationOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
     verify: VerifyOption = False,
@@ -140,7 +144,8 @@ def convert(
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
-        options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs)
+        options |= precision_options(precision, keep_fp32, tolerance, calibration)
+        options |= pass_options(check_passes, dump_graphs)
         options |= verify_options(verify)
         with Stages(console) as stages:
             with stages.stage("load"):
@@ -175,6 +180,8 @@ def explain(
     max_data_size: DataSizeOption = None,
     precision: PrecisionOption = None,
     keep_fp32: KeepOption = None,
+    tolerance: ToleranceOption = None,
+    calibration: CalibrationOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
     verbose: VerboseOption = False,
@@ -186,7 +193,8 @@ def explain(
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
-        options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs)
+        options |= precision_options(precision, keep_fp32, tolerance, calibration)
+        options |= pass_options(check_passes, dump_graphs)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import explain as explain_model

@@ -156,7 +156,17 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         metavar="NAME",
-        help="fp16 or bf16: compute in 16 bits where a float32 model allows it. Default: what the model has.",
+        help="fp16 or bf16: compute in 16 bits where a float32 model allows it. auto or auto+bf16: keep in float32 "
+        "what a tolerance needs, found by measuring. int8, fp8, int8+fp16 or fp8+fp16: products over 8 bits, with "
+        "calibration= in the source's dict. Default: what the model has.",
+    ),
+]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance",
+        metavar="X",
+        help="With --precision auto: the largest L2 norm of an output's change over that of the output. Default: 0.01.",
     ),
 ]
 KeepOption = Annotated[
@@ -165,6 +175,15 @@ KeepOption = Annotated[
         "--keep-fp32",
         metavar="NAME",
         help="With --precision, what stays in float32: a module path, an op type, or a pattern of one. Repeatable.",
+    ),
+]
+CalibrationOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="With --precision, a sample to measure on: an .npz file with an array for each argument, by name. "
+        "Repeatable. Default: the example.",
     ),
 ]
 CheckPassesOption = Annotated[
@@ -245,9 +264,23 @@ def plugin_options(host: str | None, no_fallback: bool, max_data_size: int | Non
     return {name: value for name, value in options.items() if value is not None}
 
 
-def precision_options(precision: str | None, keep_fp32: list[str] | None) -> dict[str, Any]:
-    """Those options about precision that are given."""
-    options = {"precision": precision, "keep_fp32": tuple(keep_fp32 or ()) or None}
+def precision_options(
+    precision: str | None, keep_fp32: list[str] | None, tolerance: float | None, calibration: list[Path] | None
+) -> dict[str, Any]:
+    """Those options about precision that are given.
+
+    Raises:
+        ModelFileError: a file of ``calibration`` is missing, or no .npz file.
+    """
+    options: dict[str, Any] = {
+        "precision": precision,
+        "keep_fp32": tuple(keep_fp32 or ()) or None,
+        "precision_tolerance": tolerance,
+    }
+    if calibration:
+        from .cli_run import read_sample
+
+        options["calibration"] = [read_sample(path) for path in calibration]
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -85,15 +85,7 @@ def read_inputs(path: Path, signature: Signature) -> list[torch.Tensor]:
         ModelFileError: no such file, or it is no .npz file.
         InputError: an array is missing, or there is one too many, or one is of a dtype that torch does not know.
     """
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise ModelFileError(f"{path} is no .npz file: write it with numpy.savez.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
-        raise ModelFileError(f"There is no file {path}.") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ModelFileError(f"{path} is no .npz file of plain arrays, or is damaged: {error}") from error
+    arrays = _read_arrays(path)
     missing = [
         f"{label} ({spec})"
         for label, spec in zip(signature.labels, signature.inputs, strict=True)
@@ -107,6 +99,35 @@ def read_inputs(path: Path, signature: Signature) -> list[torch.Tensor]:
             + (f" Unexpected: {', '.join(extra)}." if extra else "")
         )
     return [_to_tensor(arrays[n], s, n) for n, s in zip(signature.labels, signature.inputs, strict=True)]
+
+
+def read_sample(path: Path) -> dict[str, torch.Tensor]:
+    """The arrays of an .npz file as tensors, by name: a sample of ``calibration=``.
+
+    Raises:
+        ModelFileError: no such file, or it is no .npz file.
+        InputError: an array is of a dtype that torch does not know.
+    """
+    found = {}
+    for name, array in _read_arrays(path).items():
+        try:
+            found[name] = torch.from_numpy(np.array(array, order="C", copy=True))
+        except TypeError as error:
+            raise InputError(f"{path}: {name}: {error}") from error
+    return found
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ModelFileError(f"{path} is no .npz file: write it with numpy.savez.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise ModelFileError(f"There is no file {path}.") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ModelFileError(f"{path} is no .npz file of plain arrays, or is damaged: {error}") from error
+    return arrays
 
 
 def _to_tensor(array: np.ndarray[Any, Any], spec: TensorSpec, label: str) -> torch.Tensor:

@@ -132,7 +132,7 @@ class Explanation:
         backend: the backend that was asked.
         steps: a line a step: segments with their nodes, plugins with their Python lines and reasons.
         refusals: nodes that the backend's parser does not take, by segment.
-        passes: a line a pass.
+        passes: a line a pass, and what became of the precision where one was asked for.
         signature: inputs and outputs.
     """
 
@@ -193,6 +193,8 @@ def explain(
         for call in step.hosted:
             lines += describe_plugin(call, f"inside {step.name}")
     passes = tuple(f"pass {r.name}: {r.rewrites} rewrites, {len(r.refusals)} near misses" for r in planner.passes)
+    if planner.precision is not None:
+        passes += tuple(str(planner.precision).splitlines())
     return Explanation(builder.name, plan.source, plan.signature, tuple(lines), refusals, passes)
 
 

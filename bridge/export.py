@@ -21,7 +21,7 @@ from .model import INLINE_LIMIT_BYTES, ORIGIN_KEY, OnnxModel, Origin, Signature,
 from .origins import compact_origins, strip_prefix
 from .simplify import simplify
 from .structure import Structure
-from .trace import MODULE, left_as_found, quiet, shorten, trace_module
+from .trace import MODULE, left_as_found, quiet, shorten, to_eval_mode, trace_module
 from .translate_calls import call_translation
 from .untranslatable import (
     alike_calls,
@@ -178,7 +178,7 @@ def trace(
         )
     arguments = collect(model, args, dict(kwargs or {}), dynamic_shapes)
     with left_as_found(model), torch.no_grad(), quiet():
-        model.eval()
+        to_eval_mode(model)
         program, structure, complex_outputs = trace_module(model, arguments)
     mark_calls(program)
     return ExportedModule(program, arguments, structure, complex_outputs, type(model).__name__, opset)

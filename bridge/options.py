@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from ..passes.pipeline import Pipeline
 from .backends.base import BuildOptions, Progress
 from .dims import Dim
 from .tolerances import Tolerance
+
+PRECISIONS = ("fp16", "bf16", "auto", "auto+bf16", "int8", "int8+fp16", "fp8", "fp8+fp16")
+"""Values of the option ``precision``."""
+_PRECISIONS = ", ".join(f'"{name}"' for name in PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,15 @@ class Options:
         check_export: run the exported graph in ONNX Runtime on the example, and make plugins of what comes out wrong.
             Models over 2 GiB are not checked.
         precision: "fp16" or "bf16" makes a mixed model of a float32 one: products work in 16 bits; normalizations,
-            softmax, exponentials, large sums and, for fp16, what the example shows to leave its range stay in float32.
-            Inputs and outputs keep their dtypes. None leaves all as it is.
+            softmax, exponentials, large sums and, for fp16, what the samples show to leave its range stay in float32.
+            "auto" is "fp16", and keeps what else must stay for the outputs to meet ``precision_tolerance``, found by
+            measuring; "auto+bf16" does so with bf16. "int8" and "fp8" let products read 8-bit values, the rest as it
+            is; with "int8+fp16" and "fp8+fp16" the rest is mixed. Inputs and outputs keep their dtypes. None leaves
+            all as it is.
+        precision_tolerance: for "auto": the largest L2 norm of an output's change over that of the output, on every
+            sample. Default 0.01.
+        calibration: what precision is measured on: an iterable of samples, each a tensor, a tuple of positional
+            arguments or a dict of arguments by name. Default: the example (random numbers for an .onnx file).
         keep_fp32: what stays in float32 besides: op types ("Softmax"), module paths with all below
             ("encoder.layers.3"), patterns of these ("*.norm?"), node names, or functions of a `precision.NodeView`
             (op_type, name, module, file, line) that say True; one or several.
@@ -79,6 +90,8 @@ class Options:
     fallback: bool = True
     check_export: bool = True
     precision: str | None = None
+    precision_tolerance: float | None = None
+    calibration: Any = None
     keep_fp32: Any = ()
     check_passes: bool = False
     dump_graphs: str | os.PathLike[str] | None = None
@@ -152,7 +165,22 @@ class Options:
             "output_shapes",
             'a dict such as {"boxes": {0: tb.Dim("found", max=300)}}',
         )
-        need(self.precision in (None, "fp16", "bf16"), "precision", 'None, "fp16" or "bf16"')
+        need(self.precision is None or self.precision in PRECISIONS, "precision", f"None or one of {_PRECISIONS}")
+        limit = self.precision_tolerance
+        need(limit is None or (isinstance(limit, (int, float)) and limit > 0), "precision_tolerance", "above 0")
+        need(
+            limit is None or str(self.precision).startswith("auto"),
+            "precision_tolerance",
+            'left out unless precision is "auto" or "auto+bf16"',
+        )
+        samples = self.calibration
+        need(
+            samples is None
+            or (isinstance(samples, Iterable) and not isinstance(samples, (str, Mapping, torch.Tensor))),
+            "calibration",
+            "an iterable of samples, such as [(x,), (y,)]",
+        )
+        need(samples is None or self.precision is not None, "calibration", "left out unless precision is given")
         keep = [self.keep_fp32] if isinstance(self.keep_fp32, str) or callable(self.keep_fp32) else self.keep_fp32
         need(
             isinstance(keep, (tuple, list, set, frozenset)) and all(isinstance(k, str) or callable(k) for k in keep),

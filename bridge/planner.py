@@ -30,8 +30,10 @@ from .model import OnnxModel, iterate_nodes
 from .options import Options
 from .partition import partition
 from .plan import Plan
-from .precision import PrecisionReport, convert_precision, sixteen_bit_nodes, with_opset
+from .precision import PrecisionReport, Refused, convert_precision, sixteen_bit_nodes, with_opset
+from .precision_request import Measurements
 from .program import Program
+from .quantize import quantized_nodes
 from .rewrites import Rewrites
 from .stages import Stages
 from .verify import find_wrong_calls
@@ -56,7 +58,7 @@ class Planner:
         calls: calls of the traced module that are plugins, each with the reason.
         nodes: ONNX nodes that are plugins, each with the reason.
         outside: plugin nodes that an engine failed over, which run between engines.
-        full: nodes that stay in float32 because the backend refuses them in 16 bits.
+        refused: nodes that the backend refuses in the precision asked for.
         rewrites: nodes that are written in other ops, because the backend refuses them as they are.
         passes: what the passes did last.
         precision: what became of the model's precision, where one was asked for.
@@ -69,7 +71,7 @@ class Planner:
     calls: dict[str, str] = field(default_factory=dict)
     nodes: dict[str, str] = field(default_factory=dict)
     outside: set[str] = field(default_factory=set)
-    full: set[str] = field(default_factory=set)
+    refused: Refused = field(default_factory=Refused)
     rewrites: Rewrites = field(default_factory=Rewrites)
     passes: Sequence[PassReport] = ()
     precision: PrecisionReport | None = None
@@ -78,6 +80,9 @@ class Planner:
     _rewritten: OnnxModel | None = None  # the last model, its refused nodes rewritten, no node a plugin
     _nodes: Sequence[onnx.NodeProto] = ()
     _half: frozenset[str] = frozenset()  # nodes that work in 16 bits by the precision asked for
+    # products over 8 bits, and Q/DQ nodes ahead of them, with the products that they are about
+    _quantized: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    _measurements: Measurements = field(default_factory=Measurements)
     _checked: frozenset[str] | None = None
     _made: tuple[frozenset[str], Plan] | None = None  # the last plan and what was a plugin in it
     _fixed: set[str] = field(default_factory=set)  # calls that cannot be plugins
@@ -106,8 +111,10 @@ class Planner:
                 continue
             if self.options.precision is not None:
                 with self.stages.stage("precision"):
-                    model, self.precision = convert_precision(model, self.source, self.options, self.full)
-                    self._half = sixteen_bit_nodes(model.proto)
+                    model, self.precision = convert_precision(
+                        model, self.source, self.options, self.refused, self._measurements, self.backend
+                    )
+                    self._half, self._quantized = sixteen_bit_nodes(model.proto), quantized_nodes(model.proto)
             with self.stages.stage("partition"):
                 plan = partition(model, None if self.options.plugin_host == "segments" else self.backend, self.outside)
                 if self.options.plugin_host == "engine":
@@ -119,7 +126,8 @@ class Planner:
         others = (
             *(f"node {name}" for name in self.nodes),
             *(f"out {name}" for name in self.outside),
-            *(f"full {name}" for name in self.full),
+            *(f"full {name}" for name in self.refused.half),
+            *(f"float {name}" for name in self.refused.quantized),
         )
         return self.rewrites.state | {*self.calls, *others}
 
@@ -174,10 +182,7 @@ class Planner:
         if not self.options.fallback:
             return False
         title = self.backend.name
-        in_half = {refusal.node for refusal in refusals} & self._half - self.full
-        if in_half:
-            logger.info("%s refuses %s in 16 bits: float32 comes next", title, ", ".join(sorted(in_half)))
-            self.full |= in_half
+        if self._learn_precision({refusal.node for refusal in refusals}):
             return True
         count = len(refusals)
         if self._rewritten is not None:
@@ -194,7 +199,8 @@ class Planner:
         for refusal in refusals:
             words = refusal.reason.strip()
             reason = f"{title} refuses {refusal.op_type}: {words}" if words else f"{title} refuses {refusal.op_type}"
-            call = refusal.origin.call
+            # A file that this package wrote still names the calls of the module that it was made from.
+            call = refusal.origin.call if isinstance(self.source, ExportedModule) else ""
             progress |= self.rewrites.give_up([call])
             if root := "" if call else self.rewrites.give_up_node(refusal.node):
                 nodes[root] = reason
@@ -212,6 +218,20 @@ class Planner:
             logger.info("node %s becomes a plugin: %s", name, reason)
         self.nodes |= new
         return bool(new) or progress
+
+    def _learn_precision(self, nodes: set[str]) -> bool:
+        """Let nodes be wider that are refused; first no longer over 8 bits, then no longer in 16."""
+        title, refused = self.backend.name, self.refused
+        over = {product for name in nodes for product in self._quantized.get(name, ())} - refused.quantized
+        if over:
+            logger.info("%s refuses %s over 8 bits", title, ", ".join(sorted(over)))
+            refused.quantized |= over
+            return True
+        in_half = nodes & self._half - refused.half
+        if in_half:
+            logger.info("%s refuses %s in 16 bits: float32 comes next", title, ", ".join(sorted(in_half)))
+            refused.half |= in_half
+        return bool(in_half)
 
     def _can_run_alone(self, name: str) -> bool:
         """Whether ONNX or ONNX Runtime know the op of a node."""

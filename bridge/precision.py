@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import logging
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import onnx
-import onnx_ir as ir
 
 from ..errors import OptionError, TrtBridgeError
 from ..passes.convert_precision import ConvertPrecision
-from ..passes.exchange import stand_in_name
 from ..passes.pipeline import Pipeline
-from .calibration import calibrate, overflowing
-from .cli_run import RandomInputs
+from ..passes.prepare_quantization import PrepareQuantization
+from ..passes.reports import PipelineResult
+from .backends.base import Backend
+from .calibration import calibrate, check_runnable, overflowing
 from .export import ExportedModule
-from .model import OnnxModel, Origin, iterate_nodes, make_stand_in, origin_of
+from .keep_fp32 import NodeView, kept_by_user, op_name
+from .model import OnnxModel, origin_of
+from .narrow_weights import narrow_weights
 from .options import Options
+from .ort_quantizer import PRODUCTS
+from .precision_report import KeptNode, PrecisionReport
+from .precision_request import DEFAULT_TOLERANCE, TARGETS, Measurements, PrecisionRequest
+from .precision_search import Found, search
+from .quantize import Quantized, quantize
+from .quantize_probe import refused_products
+
+__all__ = ["NodeView", "PrecisionReport", "Refused", "convert_precision", "kept_by_user", "with_opset"]
 
 logger = logging.getLogger(__name__)
-
-TARGETS: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16"}
-"""Values of the option, and the type of each."""
 
 MARGIN = 4.0
 """Values of other inputs than the example may be this many times larger."""
@@ -37,143 +39,196 @@ BFLOAT16_OPSET = 22
 """From this opset on convolution and pooling exist for bfloat16."""
 
 _FLOATS = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+_NO_REPORT = PrecisionReport("", 0, (), 0, 0, "")
 
 
-@dataclass(frozen=True)
-class NodeView:
-    """What a predicate of ``keep_fp32`` is shown of a node.
-
-    Attributes:
-        op_type: the ONNX op ("MatMul"), with its domain where it is not a standard one ("trtbridge::f").
-        name: of the node in the graph.
-        module: path of the nn.Module that it comes from, "" for the root and for an .onnx file.
-        file: Python file, "" where unknown.
-        line: line in it, 0 where unknown.
-    """
-
-    op_type: str
-    name: str
-    module: str
-    file: str
-    line: int
-
-    @classmethod
-    def of(cls, node: onnx.NodeProto) -> NodeView:
-        origin = origin_of(node)
-        return cls(_op(node), node.name, origin.module, origin.file, origin.line)
-
-
-@dataclass(frozen=True)
-class KeptNode:
-    """A node that stayed in float32 for a reason of its own.
+@dataclass
+class Refused:
+    """What a backend does not take, learnt while it builds.
 
     Attributes:
-        op_type: its op.
-        output: the tensor that it makes.
-        reason: why.
-        origin: the Python line that it comes from.
+        half: names of nodes that it refuses in 16 bits.
+        quantized: names of products that it refuses over 8 bits.
     """
 
-    op_type: str
-    output: str
-    reason: str
-    origin: Origin
-
-
-@dataclass(frozen=True)
-class PrecisionReport:
-    """What became of a model's precision.
-
-    Attributes:
-        precision: "fp16" or "bf16".
-        converted: nodes that work in 16 bits now.
-        kept: nodes that stayed in float32, each with its reason.
-        following: other nodes of float32 values, which take the type of what is around them.
-        casts: Cast nodes between float32 and 16 bits.
-        calibration: on what the ranges of tensors were measured, or why they were not.
-    """
-
-    precision: str
-    converted: int
-    kept: tuple[KeptNode, ...]
-    following: int
-    casts: int
-    calibration: str
-
-    @property
-    def summary(self) -> str:
-        """One line."""
-        return (
-            f"precision {self.precision}: {self.converted} nodes in 16 bits, {len(self.kept)} kept in float32 and "
-            f"{self.following} around them, {self.casts} casts; ranges: {self.calibration}"
-        )
-
-    def __str__(self) -> str:
-        groups: dict[tuple[str, str], list[KeptNode]] = {}
-        for node in self.kept:
-            # The values in a reason differ from node to node; what names none is said once for all.
-            groups.setdefault((node.op_type, node.reason), []).append(node)
-        lines = [self.summary]
-        for (op_type, reason), nodes in groups.items():
-            places = list(dict.fromkeys(_place(node) for node in nodes))
-            more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-            lines.append(f"  float32: {len(nodes)} {op_type}: {reason}; from {', '.join(places[:3])}{more}")
-        return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        kept = [
-            {"op_type": n.op_type, "output": n.output, "reason": n.reason, "origin": n.origin.to_metadata()}
-            for n in self.kept
-        ]
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "kept": kept}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PrecisionReport:
-        kept = tuple(KeptNode(**{**node, "origin": Origin.from_metadata(node["origin"])}) for node in data["kept"])
-        return cls(**{**data, "kept": kept})
+    half: set[str] = field(default_factory=set)
+    quantized: set[str] = field(default_factory=set)
 
 
 def with_opset(source: ExportedModule | OnnxModel, options: Options) -> ExportedModule | OnnxModel:
     """A traced module that is exported in an opset whose ops exist for the type, unless the user chose one."""
-    if options.precision != "bf16" or options.opset is not None or not isinstance(source, ExportedModule):
+    if options.precision is None or options.opset is not None or not isinstance(source, ExportedModule):
+        return source
+    if PrecisionRequest.parse(options.precision).target != "bf16":
         return source
     return dataclasses.replace(source, opset=max(source.opset, BFLOAT16_OPSET))
 
 
 def convert_precision(
-    model: OnnxModel, source: ExportedModule | OnnxModel, options: Options, refused: Collection[str] = ()
+    model: OnnxModel,
+    source: ExportedModule | OnnxModel,
+    options: Options,
+    refused: Refused | None = None,
+    measurements: Measurements | None = None,
+    backend: Backend | None = None,
 ) -> tuple[OnnxModel, PrecisionReport]:
-    """The model in mixed precision.
+    """The model in the precision that the options ask for.
 
     Args:
         model: after the passes, in float32.
-        source: what it was made from; a traced module's example is what ranges are measured on.
-        options: ``precision`` is set; ``keep_fp32`` counts.
-        refused: names of nodes that the backend refuses in 16 bits.
+        source: what it was made from; its example is what is measured on, unless ``calibration`` is given.
+        options: ``precision`` is set; ``keep_fp32``, ``calibration`` and ``precision_tolerance`` count.
+        refused: what the backend has refused so far.
+        measurements: of earlier rounds.
+        backend: is asked which products it builds over 8 bits; None takes all.
 
     Raises:
-        OptionError: an entry of ``keep_fp32`` fits no node.
+        OptionError: an entry of ``keep_fp32`` fits no node, or the model cannot be measured and has to be.
+        InputError: a sample of ``calibration`` does not fit the model.
     """
-    precision = options.precision
-    assert precision is not None
+    assert options.precision is not None
+    request = PrecisionRequest.parse(options.precision)
+    refused = refused or Refused()
+    stage = _Stage(request, options, source, measurements or Measurements())
     keep = kept_by_user(model.proto, options.keep_fp32)
-    keep |= dict.fromkeys(refused, "the backend refuses it in 16 bits")
-    wide: dict[str, str] = {}
-    calibration = "not needed, bfloat16 reaches as far as float32"
-    if precision == "fp16":
-        calibration, wide = _calibrated(model, source)
-    item = ConvertPrecision(TARGETS[precision], keep, wide)
-    result = Pipeline((item,)).run(model.proto, model.weights)
-    done = result.report.passes[0]
-    converted = narrow_weights(dataclasses.replace(model, proto=result.proto, weights=result.weights))
-    reasons = {refusal.node: refusal.reason for refusal in done.refusals}
-    report = _report(converted.proto, precision, reasons, done.rewrites, calibration)
+    if request.quantized:
+        # By node as well: a convolution that takes in a batch norm makes another tensor.
+        keep |= {n.name: keep[t] for n in model.proto.graph.node for t in n.output if t in keep and n.name}
+        prepared = Pipeline((PrepareQuantization(),)).run(model.proto, model.weights)
+        model = dataclasses.replace(model, proto=prepared.proto, weights=prepared.weights)
+    report = dataclasses.replace(_NO_REPORT, precision=options.precision)
+    if request.target:
+        # What is kept, but for the user and the backend, must not be searched again when the backend refuses more.
+        full = keep | dict.fromkeys(refused.half, "the backend refuses it in 16 bits")
+        model, report = stage.narrow(model, full, keep)
+    if request.quantized:
+        left_out = keep | dict.fromkeys(refused.quantized, f"the backend refuses it over {request.quantized}")
+        model, report = stage.quantize(model, left_out, report, backend)
     logger.debug("%s", report)
-    if done.rewrites:
+    if report.converted or report.quantized:
         logger.info("%s", report.summary)
     else:
-        logger.warning("%s: nothing in the model is float32 and may work in 16 bits", report.summary)
-    return converted, report
+        what = "may be quantized" if request.quantized else "is float32 and may work in 16 bits"
+        logger.warning("%s: nothing in the model %s", report.summary, what)
+    return model, report
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One conversion's precision.
+
+    Attributes:
+        request: what is asked for.
+        options: of the conversion.
+        source: what the model was made from.
+        known: what was measured before.
+    """
+
+    request: PrecisionRequest
+    options: Options
+    source: ExportedModule | OnnxModel
+    known: Measurements
+
+    def narrow(
+        self, model: OnnxModel, keep: Mapping[str, str], asked: Mapping[str, str]
+    ) -> tuple[OnnxModel, PrecisionReport]:
+        """The mixed model; ``asked`` is the part of ``keep`` that stays the same in every round."""
+        target = TARGETS[str(self.request.target)]
+        calibration = "not needed, bfloat16 reaches as far as float32"
+        wide: Mapping[str, str] = {}
+        if self.request.target == "fp16":
+            calibration, wide = self.known.once("range", model, lambda: self._overflowing(model))
+        found = Found({}, (), 0.0, 0)
+        if self.request.search:
+            found = self.known.once("search", model, lambda: self._search(model, target, asked, wide))
+        result = _to_16_bits(model, target, {**found.keep, **keep}, wide)
+        done = result.report.passes[0]
+        converted = narrow_weights(dataclasses.replace(model, proto=result.proto, weights=result.weights))
+        reasons = {refusal.node: refusal.reason for refusal in done.refusals}
+        report = _report(converted.proto, str(self.options.precision), reasons, done.rewrites, calibration)
+        if self.request.search:
+            report = dataclasses.replace(
+                report, modules=found.parts, error=found.error, tolerance=self._tolerance, runs=found.runs
+            )
+        return converted, report
+
+    def quantize(
+        self, model: OnnxModel, left_out: Mapping[str, str], report: PrecisionReport, backend: Backend | None
+    ) -> tuple[OnnxModel, PrecisionReport]:
+        """The model with Q/DQ nodes."""
+        kind, is_half = str(self.request.quantized), self.request.target is not None
+        samples, words = self.known.samples_of(model, self.source, self.options)
+        if self.options.calibration is None:
+            logger.warning(
+                "precision=%r: no calibration= was given, so the ranges are %s; results on other inputs may be poor",
+                self.options.precision,
+                words,
+            )
+        try:
+            ranges = self.known.once("8-bit range", model, lambda: calibrate(model, *samples))
+        except TrtBridgeError as error:
+            raise self._unmeasured(error) from error
+        refused: Mapping[str, str] = {}
+        if backend is not None and backend.name != "onnxruntime":
+            ops = {node.op_type for node in model.proto.graph.node} & {*PRODUCTS}
+            found = self.known.once(
+                "probe", model, lambda: refused_products(backend, self.options.build, kind, is_half, ops)
+            )
+            refused = found
+        done: Quantized = quantize(model, ranges, kind, {**refused, **left_out})
+        report = dataclasses.replace(
+            report, calibration=words, quantized=len(done.products), unquantized=done.unquantized
+        )
+        return done.model, report
+
+    @property
+    def _tolerance(self) -> float:
+        given = self.options.precision_tolerance
+        return DEFAULT_TOLERANCE if given is None else given
+
+    def _overflowing(self, model: OnnxModel) -> tuple[str, dict[str, str]]:
+        """What was measured on, and the tensors that float16 cannot hold."""
+        samples, words = self.known.samples_of(model, self.source, self.options)
+        try:
+            return words, overflowing(calibrate(model, *samples), MARGIN)
+        except TrtBridgeError as error:
+            logger.warning(
+                "precision=%s: what may overflow is not known, for the model cannot be run: %s",
+                self.options.precision,
+                error,
+            )
+            return f"not measured: {str(error).splitlines()[0]}", {}
+
+    def _search(self, model: OnnxModel, target: str, keep: Mapping[str, str], wide: Mapping[str, str]) -> Found:
+        samples, _ = self.known.samples_of(model, self.source, self.options)
+
+        def convert(more: Mapping[str, str]) -> onnx.ModelProto:
+            return _to_16_bits(model, target, {**more, **keep}, wide).proto
+
+        try:
+            check_runnable(model)
+            found = search(model, convert, target, samples, self._tolerance)
+        except TrtBridgeError as error:
+            raise self._unmeasured(error) from error
+        if found.error > self._tolerance:
+            logger.warning(
+                "precision=%r: the error is %.2g, above the tolerance of %.2g, with all that may stay in float32",
+                self.options.precision,
+                found.error,
+                self._tolerance,
+            )
+        return found
+
+    def _unmeasured(self, error: TrtBridgeError) -> OptionError:
+        first = str(error).splitlines()[0]
+        return OptionError(
+            f"precision={self.options.precision!r} measures the model on samples, which fails: {first}\n"
+            'Use precision="fp16" or "bf16" with keep_fp32, which need no measurement.'
+        )
+
+
+def _to_16_bits(model: OnnxModel, target: str, keep: Mapping[str, str], wide: Mapping[str, str]) -> PipelineResult:
+    return Pipeline((ConvertPrecision(target, keep, wide),)).run(model.proto, model.weights)
 
 
 def sixteen_bit_nodes(proto: onnx.ModelProto) -> frozenset[str]:
@@ -184,126 +239,6 @@ def sixteen_bit_nodes(proto: onnx.ModelProto) -> frozenset[str]:
     return frozenset(
         node.name for node in graph.node if node.op_type != "Cast" and not half.isdisjoint((*node.input, *node.output))
     )
-
-
-def _calibrated(model: OnnxModel, source: ExportedModule | OnnxModel) -> tuple[str, dict[str, str]]:
-    """What was measured on, and the tensors that float16 cannot hold."""
-    try:
-        if isinstance(source, ExportedModule):
-            words, inputs = "measured on the example", list(source.arguments.tensors)
-        else:
-            words, inputs = "measured on random inputs", RandomInputs().make(model.signature)
-        return words, overflowing(calibrate(model, inputs), MARGIN)
-    except TrtBridgeError as error:
-        logger.warning("precision=fp16: what may overflow is not known, for the model cannot be run: %s", error)
-        return f"not measured: {str(error).splitlines()[0]}", {}
-
-
-def kept_by_user(proto: onnx.ModelProto, keep_fp32: Any) -> dict[str, str]:
-    """The tensors whose nodes the user wants in float32, with the entry that says so.
-
-    Args:
-        proto: the graph.
-        keep_fp32: one entry or several: op types, node names, module paths (whole components from the left, which take
-            in all below), patterns of these in the manner of fnmatch, or functions of a `NodeView`.
-
-    Raises:
-        OptionError: an entry fits no node.
-    """
-    if isinstance(keep_fp32, str) or callable(keep_fp32):
-        keep_fp32 = (keep_fp32,)
-    nodes = [(node, NodeView.of(node)) for node in iterate_nodes(proto.graph)]
-    found: dict[str, str] = {}
-    for entry in keep_fp32:
-        reason = f"keep_fp32 names it: {entry if isinstance(entry, str) else getattr(entry, '__name__', entry)!r}"
-        chosen = [node for node, view in nodes if _fits(entry, view)]
-        if not chosen:
-            raise OptionError(_no_match(entry, [view for _, view in nodes]))
-        for node in chosen:
-            found.update((name, reason) for name in node.output if name)
-    return found
-
-
-def _fits(entry: str | Callable[[NodeView], bool], view: NodeView) -> bool:
-    if not isinstance(entry, str):
-        return bool(entry(view))
-    return any(fnmatch.fnmatchcase(text, entry) for text in (view.op_type, view.name, *_paths(view.module)) if text)
-
-
-def _paths(module: str) -> Iterator[str]:
-    """A module's path and those of the modules that it is in."""
-    while module:
-        yield module
-        module = module.rpartition(".")[0]
-
-
-def _no_match(entry: Any, views: Iterable[NodeView]) -> str:
-    if not isinstance(entry, str):
-        return f"keep_fp32: {getattr(entry, '__name__', entry)!r} is true for no node of the graph."
-    known = dict.fromkeys(
-        text for view in views for text in (view.op_type, *_paths(view.module), view.name if not view.module else "")
-    )
-    close = difflib.get_close_matches(entry, [text for text in known if text], n=4, cutoff=0.5)
-    hint = f" Close are: {', '.join(map(repr, close))}." if close else ""
-    return (
-        f"keep_fp32: {entry!r} is no op type, node name or module path of the graph.{hint} An entry is such a name, "
-        "a pattern of it ('encoder.layers.*.attn'), or a function of op_type, name, module, file and line."
-    )
-
-
-def narrow_weights(model: OnnxModel) -> OnnxModel:
-    """Weights that are only read through a Cast to 16 bits get that type; they are converted each time they are read.
-
-    No second copy of a weight is held, and none in float32 reaches the engines.
-    """
-    graph = model.proto.graph
-    stand_ins = {t.name: t for t in graph.initializer if stand_in_name(t) is not None and t.name in model.weights}
-    uses = Counter(name for node in iterate_nodes(graph) for name in node.input)
-    uses.update(value.name for value in (*graph.input, *graph.output))
-    for node in iterate_nodes(graph):
-        for attribute in node.attribute:
-            uses.update(value.name for value in attribute.g.output)
-    results = {value.name for value in graph.output}
-    names: dict[str, str] = {}  # what a cast makes -> the weight
-    weights = dict(model.weights)
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    for index in reversed(range(len(graph.node))):
-        node = graph.node[index]
-        if node.op_type != "Cast" or node.domain or node.input[0] not in stand_ins or uses[node.input[0]] != 1:
-            continue
-        target = next(attribute.i for attribute in node.attribute if attribute.name == "to")
-        if target in _FLOATS and node.output[0] not in results:
-            names[node.output[0]] = node.input[0]
-            weights[node.input[0]] = _narrowed(weights[node.input[0]], ir.DataType(target))
-            del proto.graph.node[index]
-    if not names:
-        return model
-    for node in iterate_nodes(proto.graph):
-        if any(name in names for name in node.input):
-            node.input[:] = [names.get(name, name) for name in node.input]
-    narrowed = set(names.values())
-    for tensor in proto.graph.initializer:
-        if tensor.name in narrowed:
-            tensor.CopyFrom(make_stand_in(tensor.name, weights[tensor.name]))
-    types = {name: weights[name].dtype for name in narrowed}
-    described = [value for value in proto.graph.value_info if value.name not in names]
-    for value in described:
-        if value.name in types:
-            value.type.tensor_type.elem_type = int(types[value.name])
-    kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in described]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(kept)
-    return dataclasses.replace(model, proto=proto, weights=weights)
-
-
-def _narrowed(weight: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
-    shape = ir.Shape(weight.shape.numpy())
-    return ir.LazyTensor(partial(_convert, weight, dtype), dtype=dtype, shape=shape, name=weight.name)
-
-
-def _convert(weight: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
-    return ir.Tensor(weight.numpy().astype(dtype.numpy()), dtype=dtype, name=weight.name)
 
 
 def _report(
@@ -320,7 +255,7 @@ def _report(
             casts += bool(read & _FLOATS and onnx.TensorProto.FLOAT in made)
             casts += bool(made & _FLOATS and onnx.TensorProto.FLOAT in read)
         elif reason is not None:
-            kept.append(KeptNode(_op(node), next(filter(None, node.output), ""), reason, origin_of(node)))
+            kept.append(KeptNode(op_name(node), next(filter(None, node.output), ""), reason, origin_of(node)))
         elif onnx.TensorProto.FLOAT in made:
             following += 1
     return PrecisionReport(precision, converted, tuple(kept), following, casts, calibration)
@@ -329,14 +264,4 @@ def _report(
 def _described(node: onnx.NodeProto) -> str:
     """A node as `passes.surgery.describe` writes it in a refusal."""
     name = f" {node.name!r}" if node.name else ""
-    return f"{_op(node)}{name} -> {', '.join(filter(None, node.output)) or 'nothing'}"
-
-
-def _op(node: onnx.NodeProto) -> str:
-    return f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
-
-
-def _place(node: KeptNode) -> str:
-    if node.origin.module:
-        return node.origin.module
-    return f"{node.origin.file}:{node.origin.line}" if node.origin.file else repr(node.output)
+    return f"{op_name(node)}{name} -> {', '.join(filter(None, node.output)) or 'nothing'}"

@@ -79,7 +79,7 @@ def trace_module(
             reports.append((structure, complex_outputs))
 
         flat = _Flat(model, arguments, report, opaque)
-        flat.eval()
+        to_eval_mode(flat)
         with finder:
             return torch.export.export(
                 flat,
@@ -148,6 +148,15 @@ def _make_opaque(
         return False
     logger.info("%s cannot be traced and becomes one call", finder.failed)
     return bool(opaque.results[finder.failed])
+
+
+def to_eval_mode(model: torch.nn.Module) -> None:
+    """``model.eval()``, also for modules of exported programs (PT2E's are some), which refuse it: they have no mode."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = False
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from .merge_slices import MergeSlices
 from .merge_transposes import MergeTransposes
 from .narrow_types import NarrowTypes
 from .pipeline import Notes, Pass, PassReport, Pipeline, PipelineReport, PipelineResult, Refusal
+from .prepare_quantization import PrepareQuantization
 from .remove_dead_nodes import RemoveDeadNodes
 from .remove_no_ops import RemoveNoOps
 from .repair_ranks import RepairRanks
@@ -43,6 +44,7 @@ __all__ = [
     "Pipeline",
     "PipelineReport",
     "PipelineResult",
+    "PrepareQuantization",
     "Refusal",
     "Refused",
     "RemoveDeadNodes",

@@ -47,7 +47,9 @@ def main() -> int:
     )
     parser.add_argument("--no-render", action="store_true", help="write no report, only --json")
     parser.add_argument(
-        "--parts", default="runtime,plugins,host,models", help="of %(default)s, separated by commas (default: all)"
+        "--parts",
+        default="runtime,plugins,host,precision,models",
+        help="of %(default)s, separated by commas (default: all)",
     )
     parser.add_argument("--models", default="", help="names, or parts of names, of models, separated by commas")
     parser.add_argument("--workers", type=int, default=6, help="processes at once in the phases without a clock")
@@ -101,6 +103,10 @@ def run(options: argparse.Namespace, scratch: Path) -> Record:
         site = os.pathsep.join(filter(None, [newest, environment.get("PYTHONPATH")]))
         hosting = dict(environment, PYTHONPATH=site) if newest else environment
         records.append(run_pytest(["test_plugin_host.py"], [*spread, *options.pytest_options], hosting, path))
+        keep()
+    if "precision" in parts:
+        path = scratch / "precision.json"
+        records.append(run_pytest(["test_precision.py"], [*spread, *options.pytest_options], environment, path))
         keep()
     if "models" in parts:
         folder = options.prebuilt or scratch / "prebuilt"
@@ -267,6 +273,9 @@ _TITLES = {
     "authoring": "Authoring",
     "jit cache": "Compiled kernels kept between processes",
     "overhead": "What a call costs the CPU",
+    "precision": "Precision: float32 models converted to others, beside PyTorch in float32",
+    "digits": "Precision: a classifier of digits",
+    "auto": 'Precision: the error that precision="auto" emulated, and that of the engine',
 }
 _NOTES = {
     "models": (

@@ -50,9 +50,15 @@ class OnnxRuntimeBackend:
     It has no kernels of its own choosing to compile: an engine is the graph and a snapshot of its weights, and what
     differs between a CPU and CUDA is settled when the engine is loaded. A graph in float16 or bfloat16 runs in
     float32 on a CPU, one in bfloat16 does so on CUDA. Of the build options it heeds ``tf32``.
+
+    Args:
+        widens: False leaves the types of the graph as they are, for graphs that round on purpose.
     """
 
     name = "onnxruntime"
+
+    def __init__(self, widens: bool = True) -> None:
+        self._widens = widens
 
     def status(self) -> BackendStatus:
         """What it can do here. Never raises."""
@@ -118,7 +124,7 @@ class OnnxRuntimeBackend:
         proto = hoist_stand_ins(segment.proto)
         buffer = pack(proto, segment, report)
         weights = unpack(proto, buffer.data, segment.name)
-        wide_proto, wide_weights = widen(proto, weights, _WIDENED_ON["cpu"])
+        wide_proto, wide_weights = widen(proto, weights, _WIDENED_ON["cpu"] if self._widens else frozenset())
         report("session", 0.0)
         try:
             # Prepacking would copy the weights once more, for nothing.
@@ -138,6 +144,7 @@ class OnnxRuntimeBackend:
             "onnx": onnx.__version__,
             "nodes": sum(1 for _ in iterate_nodes(proto.graph)),
             "widened": wide_proto is not proto,
+            "widens": self._widens,
             "tf32": options.tf32,
         }
         parts = {MODEL_PART: proto.SerializeToString(), WEIGHTS_PART: buffer.data}
@@ -155,7 +162,7 @@ class OnnxRuntimeBackend:
             raise BackendError(f"This engine was built by {engine.backend!r}; {self.name!r} cannot load it.")
         name = str(engine.info.get("segment", "engine"))
         device = _checked_device(ort, device)
-        narrow = _WIDENED_ON[device.type]
+        narrow = _WIDENED_ON[device.type] if engine.info.get("widens", True) else frozenset()
         proto, weights = widen(*read_parts(engine, name), narrow)
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         providers: list[Any] = ["CPUExecutionProvider"]

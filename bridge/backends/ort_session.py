@@ -19,6 +19,11 @@ MODEL_PART = "model.onnx"
 WEIGHTS_PART = "weights.bin"
 EXTERNAL = onnx.TensorProto.EXTERNAL
 _ALIGNMENT_BYTES = 64
+_FLOAT8 = {
+    onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E4M3FNUZ, onnx.TensorProto.FLOAT8E5M2,
+    onnx.TensorProto.FLOAT8E5M2FNUZ,
+}  # fmt: skip
+_QUANTIZED_TYPE = ("to", "output_dtype")
 _LOG_FATAL_ONLY = 4  # errors arrive as exceptions
 
 
@@ -188,8 +193,17 @@ def make_session(
     options.log_severity_level = _LOG_FATAL_ONLY
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    elif _has_float8(proto):
+        # Its fusions of Q/DQ pairs with other nodes give wrong numbers for float8 (seen with 1.32).
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if values:
         options.add_external_initializers(list(values), list(values.values()))
     return ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers), enable_fallback=0)
+
+
+def _has_float8(proto: onnx.ModelProto) -> bool:
+    return any(t.data_type in _FLOAT8 for t in proto.graph.initializer) or any(
+        a.i in _FLOAT8 for node in iterate_nodes(proto.graph) for a in node.attribute if a.name in _QUANTIZED_TYPE
+    )

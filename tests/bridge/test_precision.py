@@ -242,7 +242,7 @@ def test_engines_are_strongly_typed(precision):
         program = planner.build()
         assert len(program.engines) == 1
         assert not program.plugin_calls
-        assert not planner.full, "nothing is refused in 16 bits"
+        assert not planner.refused.half, "nothing is refused in 16 bits"
 
 
 @pytest.mark.rtx
@@ -310,7 +310,7 @@ def test_a_predicate_that_fits_nothing():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "fp8"}, "precision='fp8': must be None"),
+        ({"precision": "fp4"}, "precision='fp4': must be None"),
         ({"precision": "fp16", "keep_fp32": 3}, "keep_fp32=3: must be op types"),
         ({"keep_fp32": "Softmax"}, "left out unless precision"),
     ],
