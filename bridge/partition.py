@@ -73,7 +73,7 @@ class _Partitioner:
         self.nodes = list(graph.node)
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.graph_outputs = [value.name for value in graph.output]
-        self.types = _tensor_types(self.model.proto)
+        self.types = tensor_types(self.model.proto)
         self.reads = {id(node): _reads(node) for node in self.nodes}
         self.producers = {name: node for node in self.nodes for name in node.output if name}
 
@@ -331,7 +331,7 @@ def _captured(body: onnx.GraphProto) -> list[str]:
     return [name for name in read if name not in own]
 
 
-def _tensor_types(proto: onnx.ModelProto) -> Mapping[str, tuple[ir.DataType | None, Shape | None]]:
+def tensor_types(proto: onnx.ModelProto) -> Mapping[str, tuple[ir.DataType | None, Shape | None]]:
     """dtype and shape of every tensor that the graph or shape inference knows."""
     known = _declared_types(proto.graph)
     made = set(made_in_order(proto.graph.node))
