@@ -34,6 +34,9 @@ INDEX_OPS = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min", "kthva
 """Names of aten ops whose integer results may be any of those of equal values."""
 
 _CPU = torch.device("cpu")
+_UNUSUAL = 1e4
+"""Values this many times larger than the median are masks and the like."""
+
 _SHORTER = {torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -167,6 +170,21 @@ def relative_error(mine: torch.Tensor, wanted: torch.Tensor) -> float:
     error = float((a[finite] - b[finite]).norm())
     same = bool((torch.isfinite(a) == torch.isfinite(b)).all())
     return max(error / size if size else float(error > 0), 0.0 if same else 1.0)
+
+
+def layer_error(mine: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative error, or that among the usual values where it is larger.
+
+    A mask of -1e9 would hide whatever happens to the values that it leaves.
+    """
+    error = relative_error(mine, wanted)
+    if mine.shape != wanted.shape or not wanted.is_floating_point() or not wanted.numel():
+        return error
+    size = wanted.detach().cpu().double().abs()
+    usual = size <= _UNUSUAL * float(size[size > 0].median()) if bool((size > 0).any()) else size <= 0
+    if bool(usual.all()) or not bool(usual.any()):
+        return error
+    return max(error, relative_error(mine.detach().cpu()[usual], wanted.detach().cpu()[usual]))
 
 
 def excess(mine: torch.Tensor, wanted: torch.Tensor, limit: float, floor: float = 1e-5, share: float = 0.02) -> str:

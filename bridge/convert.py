@@ -74,6 +74,7 @@ def convert(
         "stage_seconds": planner.stages.seconds,
         "passes": [{"name": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 4)} for r in planner.passes],
         "opset": planner.opset,
+        "options": chosen.recorded,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     return EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)

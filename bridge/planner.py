@@ -60,6 +60,7 @@ class Planner:
         rewrites: nodes that are written in other ops, because the backend refuses them as they are.
         passes: what the passes did last.
         precision: what became of the model's precision, where one was asked for.
+        models: the last model after each stage that changes it: "export", "passes", "precision".
     """
 
     source: ExportedModule | OnnxModel
@@ -73,6 +74,7 @@ class Planner:
     rewrites: Rewrites = field(default_factory=Rewrites)
     passes: Sequence[PassReport] = ()
     precision: PrecisionReport | None = None
+    models: dict[str, OnnxModel] = field(default_factory=dict)
     _opset: int | None = None
     _exported: tuple[frozenset[str], OnnxModel] | None = None  # the last translation and what was a plugin in it
     _rewritten: OnnxModel | None = None  # the last model, its refused nodes rewritten, no node a plugin
@@ -104,10 +106,12 @@ class Planner:
             wrong = self._wrong_calls(model)
             if any([self.rewrites.give_up(wrong), self._add_calls(wrong)]) and rounds < _MOST_ROUNDS:
                 continue
+            self.models["passes"] = model
             if self.options.precision is not None:
                 with self.stages.stage("precision"):
                     model, self.precision = convert_precision(model, self.source, self.options, self.full)
                     self._half = sixteen_bit_nodes(model.proto)
+                self.models["precision"] = model
             with self.stages.stage("partition"):
                 plan = partition(model, None if self.options.plugin_host == "segments" else self.backend, self.outside)
                 if self.options.plugin_host == "engine":
@@ -238,6 +242,7 @@ class Planner:
         else:
             with self.stages.stage("export"):
                 model = self._export(self.source)
+        self.models["export"] = model
         with self.stages.stage("passes"):
             result = run_passes(self.options.passes, model, self.source, self.options)
             self.passes = tuple(result.report.passes)
