@@ -33,6 +33,9 @@ INDEX_OPS = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min", "kthva
              "cummax", "cummin", "aminmax", "msort"}  # fmt: skip
 """Names of aten ops whose integer results may be any of those of equal values."""
 
+NOT_FINITE = "NaN or infinity in other places"
+"""What `excess` says of results that are finite in different places."""
+
 _CPU = torch.device("cpu")
 _UNUSUAL = 1e4
 """Values this many times larger than the median are masks and the like."""
@@ -208,7 +211,7 @@ def excess(mine: torch.Tensor, wanted: torch.Tensor, limit: float, floor: float 
     nans = torch.isnan(a) != torch.isnan(b)
     infinite = (torch.isinf(a) | torch.isinf(b)) & (a != b) & ~torch.isnan(a) & ~torch.isnan(b)
     if bool(nans.any()) or bool(infinite.any()):
-        return "NaN or infinity in other places"
+        return NOT_FINITE
     finite = torch.isfinite(a) & torch.isfinite(b)
     a, b = a[finite], b[finite]
     error, size = float((a - b).norm()), float(b.norm())
@@ -257,17 +260,20 @@ def run_graph(
         return given
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
+    described = {value.name: value for value in (*model.proto.graph.value_info, *model.proto.graph.output)}
     del proto.graph.output[:]
     for name in inner:
-        value = onnx.helper.make_empty_tensor_value_info(name)
-        value.type.tensor_type.elem_type = int(types[name])
-        proto.graph.output.append(value)
+        empty = onnx.helper.make_empty_tensor_value_info(name)
+        empty.type.tensor_type.elem_type = int(types[name])
+        proto.graph.output.append(described.get(name, empty))
     if any(node.domain == DOMAIN for node in iterate_nodes(proto.graph)):
         return given | _run_plan(dataclasses.replace(model, proto=proto), feeds, inner)
     try:
         bare = onnx.ModelProto()
         bare.CopyFrom(proto)
         del bare.graph.value_info[:]  # shapes that the graph does not have, if it is wrong, are an error in the session
+        for value in bare.graph.output:
+            value.type.tensor_type.ClearField("shape")
         wanted = {value.name for value in bare.graph.input}
         arrays = {name: to_numpy(tensor) for name, tensor in feeds.items() if name in wanted}
         found = numbers.run(bare, model.weights, arrays)
@@ -281,10 +287,6 @@ def run_graph(
 
 def _run_plan(model: OnnxModel, feeds: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Run a graph whose outputs are what is wanted, as a plan of ONNX Runtime."""
-    described = {value.name: value for value in model.proto.graph.value_info}
-    for value in model.proto.graph.output:
-        if value.name in described:
-            value.CopyFrom(described[value.name])
     plan = partition(model)
     running = RunningProgram(build_plan(plan, get_backend("onnxruntime"), BuildOptions()), _CPU, None)
     inputs = [feeds[spec.name].to(dtype=to_torch(spec.dtype)) for spec in model.signature.inputs]

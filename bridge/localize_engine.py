@@ -155,9 +155,9 @@ class EngineCheck:
         self, all_layers: tuple[Layer, ...], marked: Sequence[str]
     ) -> tuple[tuple[Layer, ...], list[Layer]]:
         """Build with few tensors marked; the layers, those not marked without an error, and where an error begins."""
-        if self.builds >= MOST_BUILDS - 1:
+        if self.builds >= MOST_BUILDS:
             return all_layers, []
-        step = max(1, len(marked) // _FEW_MARKS)
+        step = max(2, len(marked) // _FEW_MARKS)
         few = [*marked[step - 1 : -1 : step], marked[-1]]
         seen = self._run_marked(few)
         reads = {name: few[:index] for index, name in enumerate(few)}
@@ -183,6 +183,7 @@ class EngineCheck:
 
     def _confirm(self, candidates: Sequence[Layer]) -> tuple[Suspect | None, Layer | None]:
         """Build candidates alone, the first of them first, until one is wrong by itself."""
+        tried = False
         for layer in candidates:
             if self.builds >= MOST_BUILDS:
                 break
@@ -194,11 +195,13 @@ class EngineCheck:
             if words:
                 confirmed = dataclasses.replace(layer, own_error=error, wrong=words)
                 return self._suspect(confirmed, words), confirmed
+            tried = True
             self._notes.append(f"{layer.tensor} is right where it is built alone (error {error:.2g})")
         if not candidates:
             return None, None
         words = f"relative error {candidates[0].error:.2g}, what it reads {candidates[0].inherited:.2g}"
-        words += ", not seen where it is built alone: the error is in how it is joined with its neighbours"
+        if tried:
+            words += "; right where it is built alone: the error is in how it is joined with its neighbours"
         layer = dataclasses.replace(candidates[0], wrong=words)
         return self._suspect(layer, words), layer
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from ..errors import TrtBridgeError
-from .activations import excess, layer_error, run_graph
+from .activations import NOT_FINITE, excess, layer_error, run_graph
 from .dtypes import to_torch
 from .localize_points import Examined, Point
 from .localize_reference import Reference
@@ -124,7 +124,7 @@ class GraphCheck:
         """The layers that are wrong by themselves, in order, less those that only hold a value in another form."""
         wrong = [layer for layer in stage.layers if layer.wrong]
         heard = [layer for layer in wrong if self._is_felt(layer, stage)]
-        # A result that is wrong has a reason, even where no reader of it can be measured.
+        # A result that is wrong has a reason, even where nothing that reads it can be measured.
         yield from heard or (wrong if stage.wrong else [])
 
     def blame(self, layer: Layer, before: Examined | None) -> Suspect:
@@ -255,17 +255,38 @@ class GraphCheck:
         return found | {_ir_dtype(kind) for kind in kinds if kind.is_floating_point}
 
     def _is_felt(self, layer: Layer, stage: Stage) -> bool:
-        """Whether anything that reads a wrong value is off in the whole run.
+        """Whether a value that is off makes results off, in the whole run.
 
         A pass may move a Transpose past an op, or scale two factors the other way round: then what the op makes is not
-        what the call of the module made, and is right.
+        what the call of the module made, and is right. A small error may be smaller still in the results, so this is
+        for large ones.
         """
         own = layer.own_error
-        results = (value.name for value in self.examined.model.proto.graph.output)
-        if own is None or own < _OTHER_FORM or layer.tensor in results:
+        if own is None or own < _OTHER_FORM or layer.error is None or layer.wrong == NOT_FINITE:
             return True
-        readers = [one for one in stage.layers if layer.tensor in self.slices[one.tensor][1] and one.error is not None]
-        return not readers or any((one.error or 0.0) > _SEEN * one.limit * own for one in readers)
+        by_name = {one.tensor: one for one in stage.layers}
+        share = _SEEN * min(own, 1.0)
+        results = {value.name for value in self.examined.model.proto.graph.output}
+        pending, seen = [layer], {layer.tensor}
+        while pending:
+            one = pending.pop()
+            if (one.error or 0.0) <= share * one.limit:
+                continue  # right after all
+            readers = [by_name[name] for name in self._readers.get(one.tensor, ()) if name in by_name]
+            if one.tensor in results or not readers:
+                return True
+            pending += [reader for reader in readers if reader.tensor not in seen]
+            seen.update(reader.tensor for reader in readers)
+        return False
+
+    @cached_property
+    def _readers(self) -> dict[str, list[str]]:
+        """For each point those that read it."""
+        found: dict[str, list[str]] = {}
+        for tensor, (_, reads) in self.slices.items():
+            for name in reads:
+                found.setdefault(name, []).append(tensor)
+        return found
 
     # Blame
 

@@ -24,7 +24,7 @@ class Tolerance:
         atol: absolute, in the units of the result.
         scale: relative to the root mean square of the reference.
         cosine: least cosine similarity of result and reference, from -1 to 1; None asks for none.
-        snr_db: least ratio of signal to error in dB, ``10 log10(sum ref^2 / sum (actual - ref)^2)``; None asks for none.
+        snr_db: least ratio of signal to error in dB, ``10 log10(sum ref^2 / sum (actual - ref)^2)``; None for none.
         outliers: share of the elements that may be beyond, from 0 to 1.
 
     Raises:
@@ -74,7 +74,14 @@ _FLOATS = {
 _INTEGERS = {"float16": 0.01, "bfloat16": 0.03, "float8": 0.1}
 """Share of integers and booleans that may differ, by what they were computed in: argmax of values that nearly tie."""
 
-_SHORT = {"float": "float32", "double": "float64", "complex64": "float32", "complex128": "float64"}
+_SHORT = {
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "float": "float32",
+    "double": "float64",
+    "complex64": "float32",
+    "complex128": "float64",
+}
 
 
 def default_tolerance(dtype: Any, computed_in: Any = None) -> Tolerance:
