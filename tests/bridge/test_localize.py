@@ -26,6 +26,8 @@ from trtbridge.bridge.model import OnnxModel, origin_of
 from trtbridge.nodes import OP_ATTRIBUTE
 from trtbridge.passes import Notes, Pass
 
+pytestmark = pytest.mark.usefixtures("export_once")
+
 
 class Net(nn.Module):
     """x: (N, 8) to (N, 3)."""
@@ -54,6 +56,11 @@ def net() -> nn.Module:
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(4, 8) * 2
+
+
+@pytest.fixture(scope="module")
+def graph(net: nn.Module) -> OnnxModel:
+    return tb.export(net, (torch.randn(4, 8),))
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +257,9 @@ def test_engines_that_cannot_run_here_are_said_so(net: nn.Module, x: torch.Tenso
 # What it takes
 
 
-def test_an_onnx_file_is_compared_by_the_names_of_its_tensors(net: nn.Module, x: torch.Tensor, tmp_path: Path) -> None:
-    graph = tb.export(net, (x,))
+def test_an_onnx_file_is_compared_by_the_names_of_its_tensors(
+    net: nn.Module, graph: OnnxModel, x: torch.Tensor, tmp_path: Path
+) -> None:
     graph.save(tmp_path / "right.onnx")
     spoiled(graph).save(tmp_path / "wrong.onnx")
     report = tb.localize(tmp_path / "right.onnx", tmp_path / "wrong.onnx")
@@ -344,16 +352,17 @@ def test_a_transpose_that_moved_is_no_error() -> None:
     assert any(layer.wrong for layer in report.layers), "a value in another form is seen, and not blamed"
 
 
-def test_few_values_are_held_at_a_time(net: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = spoiled(tb.export(net, (x,)))
-    at_once = tb.localize(net, graph, (x,))
+def test_few_values_are_held_at_a_time(
+    net: nn.Module, graph: OnnxModel, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = spoiled(graph)
+    at_once = tb.localize(net, wrong, (x,))
     monkeypatch.setattr(localize_stage, "CHUNK_BYTES", 1)
-    one_by_one = tb.localize(net, graph, (x,))
+    one_by_one = tb.localize(net, wrong, (x,))
     assert at_once.to_json() == one_by_one.to_json()
 
 
-def test_a_graph_that_cannot_run_is_localized_all_the_same(net: nn.Module, x: torch.Tensor) -> None:
-    graph = tb.export(net, (x,))
+def test_a_graph_that_cannot_run_is_localized_all_the_same(net: nn.Module, graph: OnnxModel, x: torch.Tensor) -> None:
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.proto)
     node = next(node for node in proto.graph.node if node.op_type == "Tanh")
@@ -369,8 +378,8 @@ def test_a_graph_that_cannot_run_is_localized_all_the_same(net: nn.Module, x: to
 # What it says and writes
 
 
-def test_the_report_as_json_and_text(net: nn.Module, x: torch.Tensor) -> None:
-    report = tb.localize(net, spoiled(tb.export(net, (x,))), (x,))
+def test_the_report_as_json_and_text(net: nn.Module, graph: OnnxModel, x: torch.Tensor) -> None:
+    report = tb.localize(net, spoiled(graph), (x,))
     data = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert data["found"]
     assert data["suspect"]["op_type"] == "Sigmoid"
@@ -405,7 +414,9 @@ def test_a_repro_runs_by_itself(dtype: torch.dtype, x: torch.Tensor, tmp_path: P
     assert {line.split()[1] for line in code if line.startswith("import ")} == {"os,", "numpy", "onnxruntime"}
 
 
-def test_what_is_no_model_is_refused(net: nn.Module, x: torch.Tensor, converted: tb.EngineModule) -> None:
+def test_what_is_no_model_is_refused(
+    net: nn.Module, graph: OnnxModel, x: torch.Tensor, converted: tb.EngineModule
+) -> None:
     with pytest.raises(tb.InputError, match="takes what convert"):
         tb.localize(net, 3, (x,))  # type: ignore[arg-type]
     with pytest.raises(tb.InputError, match="Give inputs"):
@@ -415,7 +426,7 @@ def test_what_is_no_model_is_refused(net: nn.Module, x: torch.Tensor, converted:
     with pytest.raises(tb.TrtBridgeError, match="are they the same model"):
         tb.localize(Two(), converted, (x, x))
     with pytest.raises(tb.TrtBridgeError, match="no repro to save"):
-        tb.localize(net, tb.export(net, (x,)), (x,)).save_repro("nowhere")
+        tb.localize(net, graph, (x,)).save_repro("nowhere")
 
 
 class Two(nn.Module):
@@ -423,8 +434,8 @@ class Two(nn.Module):
         return x + y
 
 
-def test_origins_of_mutated_graphs_stay(net: nn.Module, x: torch.Tensor) -> None:
+def test_every_node_knows_its_line(graph: OnnxModel) -> None:
     """What all of this hangs on: every node of an export knows its line."""
-    lines: Sequence[int] = [origin_of(node).line for node in tb.export(net, (x,)).proto.graph.node]
+    lines: Sequence[int] = [origin_of(node).line for node in graph.proto.graph.node]
     assert all(lines)
     assert np.unique(lines).size >= 4

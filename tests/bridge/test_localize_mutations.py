@@ -14,8 +14,6 @@ import torch
 from torch import nn
 
 import trtbridge as tb
-from trtbridge.bridge import localize as localize_module
-from trtbridge.bridge.export import ExportedModule
 from trtbridge.bridge.model import OnnxModel, origin_of
 
 
@@ -132,29 +130,7 @@ def made() -> dict[str, Made]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def _export_once(made: dict[str, Made], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model is traced and exported once for all its mutations: that is what takes the time."""
-    real_trace, real_export = localize_module.trace, ExportedModule.to_onnx
-
-    def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _kept(TRACED, id(model), real_trace, model, *args, **kwargs)
-
-    def to_onnx(self: ExportedModule, calls: Mapping[str, str]) -> Any:
-        return _kept(EXPORTED, id(self), real_export, self, calls)
-
-    monkeypatch.setattr(localize_module, "trace", trace)
-    monkeypatch.setattr(ExportedModule, "to_onnx", to_onnx)
-
-
-TRACED: dict[int, Any] = {}
-EXPORTED: dict[int, Any] = {}
-
-
-def _kept(cache: dict[int, Any], key: int, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if key not in cache:
-        cache[key] = make(*args, **kwargs), args  # the arguments are kept, so that ids stay their own
-    return cache[key][0]
+pytestmark = pytest.mark.usefixtures("export_once")
 
 
 # Tools of mutations
