@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..errors import InputError, OptionError
 from .activations import excess, layer_error
@@ -19,9 +21,10 @@ from .backends.base import Backend
 from .cache import resolve_cache_dir
 from .cli_run import RandomInputs, why_not_here
 from .convert import load
+from .dtypes import to_torch
 from .export import DEFAULT_OPSET, ExportedModule, trace
 from .localize_engine import EngineCheck
-from .localize_points import align, examine
+from .localize_points import Examined, align, examine
 from .localize_reference import OUTPUT, GraphReference, Reference, TorchReference
 from .localize_report import LocalizeReport, Stage, Suspect
 from .localize_stage import GraphCheck, Limits
@@ -111,6 +114,7 @@ class _Search:
     backend: Backend
     options: Options
     limits: Limits
+    base: OnnxModel | None = None  # an export with the reference's names of calls, where the source has its own
 
     @classmethod
     def start(
@@ -151,8 +155,16 @@ class _Search:
         else:
             args, kwargs = _call(inputs)
         shapes = dynamic_shapes if dynamic_shapes is not None or signature is None else dynamic_shapes_of(signature)
-        traced = trace(model, args, kwargs, dynamic_shapes=shapes, opset=chosen.opset or DEFAULT_OPSET)
-        return cls(traced, TorchReference(traced, golden), given, builder, chosen, limits)
+        opset = chosen.opset or DEFAULT_OPSET
+        traced = trace(model, args, kwargs, dynamic_shapes=shapes, opset=opset)
+        reference = TorchReference(traced, golden)
+        dtype = _other_dtype(given.program.signature, reference) if isinstance(given, EngineModule) else None
+        if dtype is None:
+            return cls(traced, reference, given, builder, chosen, limits)
+        logger.info("the model was converted in %s, so its stages are those of a copy in that dtype", dtype)
+        args, kwargs = pytree.tree_map(lambda one: _in_dtype(one, dtype), (args, kwargs))
+        copied = trace(copy.deepcopy(model).to(dtype), args, kwargs, dynamic_shapes=shapes, opset=opset)
+        return cls(copied, reference, given, builder, chosen, limits, traced.to_onnx({})[0])
 
     def run(self) -> LocalizeReport:
         if isinstance(self.given, OnnxModel):
@@ -183,7 +195,7 @@ class _Search:
         return LocalizeReport(self.reference.words, tuple(stages))
 
     def _check(self, name: str, model: OnnxModel, export: OnnxModel) -> GraphCheck:
-        calls = None if isinstance(self.source, OnnxModel) else align(model, export)
+        calls = None if isinstance(self.source, OnnxModel) else align(model, self.base or export)
         return GraphCheck(name, examine(model, self.reference, calls), self.reference, self.limits)
 
     def _compare(self, check: GraphCheck, before: OnnxModel | None) -> tuple[Stage, Suspect | None, Repro | None]:
@@ -191,7 +203,7 @@ class _Search:
         layer = next(check.suspects(stage), None)
         if layer is None:
             return stage, None, None
-        previous = None if before is None else examine(before, self.reference)
+        previous = None if before is None else Examined(before, ())
         return stage, check.blame(layer, previous), check.repro(layer)
 
     # A conversion
@@ -260,7 +272,7 @@ class _Search:
         engine = EngineCheck(name, check, plan, self.backend, self.options.build, module.device, folder, builds)
         stage, suspect, repro = engine.run(self._given_errors(module, check))
         if suspect is not None and own is not None and model_of(own) is not None:
-            suspect = dataclasses.replace(check.blame(suspect.layer, examine(export, self.reference)), stage=name)
+            suspect = dataclasses.replace(check.blame(suspect.layer, Examined(export, ())), stage=name)
         stages = (*report.stages, stage)
         return LocalizeReport(report.source, stages, suspect, engine.builds, repro=repro)
 
@@ -317,6 +329,19 @@ def _random_call(signature: Signature, model: torch.nn.Module) -> tuple[tuple[An
     ]
     args, kwargs = signature.input_structure.unflatten(_as_called(tensors, signature))
     return tuple(args), dict(kwargs)
+
+
+def _other_dtype(signature: Signature, reference: Reference) -> torch.dtype | None:
+    """The dtype that a module was converted in, where its results say that it was not that of the original."""
+    for index, spec in enumerate(signature.outputs):
+        theirs, ours = to_torch(spec.dtype), reference.types[f"{OUTPUT}{index}"][1]
+        if theirs.is_floating_point and ours.is_floating_point and ours is not torch.float64:
+            return theirs if theirs is not ours else None
+    return None
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _as_called(tensors: Sequence[torch.Tensor], signature: Signature) -> list[torch.Tensor]:

@@ -159,6 +159,10 @@ def test_what_overflows_in_half_precision_is_named(x: torch.Tensor) -> None:
     assert report.suspect.origin.code == "z = y * y * 4e4"
     assert report.first is not None
     assert report.first.precision == "float16"
+    # A converted copy says no more than its signature.
+    engine = tb.localize(model, tb.convert(half, (x.half(),), backend="onnxruntime"), (x,))
+    assert engine.suspect is not None, str(engine)
+    assert engine.suspect.origin == report.suspect.origin
 
 
 # Engines
