@@ -157,14 +157,16 @@ class _Search:
         shapes = dynamic_shapes if dynamic_shapes is not None or signature is None else dynamic_shapes_of(signature)
         opset = chosen.opset or DEFAULT_OPSET
         traced = trace(model, args, kwargs, dynamic_shapes=shapes, opset=opset)
-        reference = TorchReference(traced, golden)
-        dtype = _other_dtype(given.program.signature, reference) if isinstance(given, EngineModule) else None
+        original = TorchReference(traced, golden)
+        dtype = None
+        if isinstance(given, EngineModule):
+            dtype = _other_dtype(given.program.signature, TorchReference(traced) if golden else original)
         if dtype is None:
-            return cls(traced, reference, given, builder, chosen, limits)
+            return cls(traced, original, given, builder, chosen, limits)
         logger.info("the model was converted in %s, so its stages are those of a copy in that dtype", dtype)
         args, kwargs = pytree.tree_map(lambda one: _in_dtype(one, dtype), (args, kwargs))
         copied = trace(copy.deepcopy(model).to(dtype), args, kwargs, dynamic_shapes=shapes, opset=opset)
-        return cls(copied, reference, given, builder, chosen, limits, traced.to_onnx({})[0])
+        return cls(copied, original, given, builder, chosen, limits, traced.to_onnx({})[0])
 
     def run(self) -> LocalizeReport:
         if isinstance(self.given, OnnxModel):
@@ -335,7 +337,7 @@ def _other_dtype(signature: Signature, reference: Reference) -> torch.dtype | No
     """The dtype that a module was converted in, where its results say that it was not that of the original."""
     for index, spec in enumerate(signature.outputs):
         theirs, ours = to_torch(spec.dtype), reference.types[f"{OUTPUT}{index}"][1]
-        if theirs.is_floating_point and ours.is_floating_point and ours is not torch.float64:
+        if theirs.is_floating_point and ours.is_floating_point:
             return theirs if theirs is not ours else None
     return None
 

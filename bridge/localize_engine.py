@@ -21,6 +21,7 @@ from .activations import excess, layer_error, with_outputs
 from .backends.base import Backend, BuildOptions, Segment
 from .build import build_plan
 from .dtypes import to_torch
+from .localize_points import Point
 from .localize_report import Layer, Stage, Suspect
 from .localize_stage import GraphCheck
 from .partition import partition
@@ -35,6 +36,8 @@ _GROWTH = 5.0
 """An error begins in a layer where it is this many times larger than in what it reads."""
 
 _FEW_MARKS = 8
+
+_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand"}
 
 Differences = Mapping[str, tuple[float, str]]
 """For each tensor its error and in words how it is beyond what its precision explains."""
@@ -74,7 +77,7 @@ class EngineCheck:
         Returns:
             The stage, the layer to blame and it alone, where there is one.
         """
-        marked = [p.tensor for p in self.graph.examined.points if self._is_float(p.tensor)]
+        marked = [point.tensor for point in self.graph.examined.points if self._is_marked(point)]
         seen = self._run_marked(marked)
         layers = self._layers(seen)
         wrong = "; ".join(f"{name}: {words}" for name, (_, words) in given.items() if words)
@@ -91,8 +94,12 @@ class EngineCheck:
         stage = Stage(self.name, layers, errors, wrong, tuple(self._notes))
         return stage, suspect, None if suspect is None else self._repro(suspect.layer)
 
-    def _is_float(self, tensor: str) -> bool:
-        return to_torch(self.graph.examined.dtypes[tensor]).is_floating_point
+    def _is_marked(self, point: Point) -> bool:
+        """Whether a tensor is worth an output: a float, and not only another one with its elements moved."""
+        if not to_torch(self.graph.examined.dtypes[point.tensor]).is_floating_point:
+            return False
+        results = {value.name for value in self.graph.examined.model.proto.graph.output}
+        return point.node.op_type not in _MOVES or point.tensor in results
 
     # Builds
 
@@ -124,18 +131,13 @@ class EngineCheck:
             found[name] = layer_error(mine, wanted_value), words
         return found
 
-    def _layers(self, seen: Differences, reads: Mapping[str, Sequence[str]] | None = None) -> tuple[Layer, ...]:
-        """The layers that were marked, with their errors.
-
-        Args:
-            seen: of the marked tensors.
-            reads: the marked tensors that each reads; None where all were marked.
-        """
+    def _layers(self, seen: Differences) -> tuple[Layer, ...]:
+        """The layers that were marked, with their errors, and those of the marked ones that each reads."""
         layers = []
         for point in self.graph.examined.points:
             if point.tensor not in seen:
                 continue
-            before = self.graph.slices[point.tensor][1] if reads is None else reads[point.tensor]
+            _, before = self.graph.examined.frontier(point.tensor, seen.keys())
             layers.append(
                 Layer(
                     tensor=point.tensor,
@@ -160,8 +162,7 @@ class EngineCheck:
         step = max(2, len(marked) // _FEW_MARKS)
         few = [*marked[step - 1 : -1 : step], marked[-1]]
         seen = self._run_marked(few)
-        reads = {name: few[:index] for index, name in enumerate(few)}
-        layers = self._layers(seen, {name: before[-1:] for name, before in reads.items()})
+        layers = self._layers(seen)
         first = self._beginnings(layers)
         if first:
             self._notes.append(
