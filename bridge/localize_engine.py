@@ -87,7 +87,10 @@ class EngineCheck:
                 words = "with every layer marked as an output the results are right: the error lies in a fusion"
                 self._notes.append(words)
             layers, first = self._with_few_marks(layers, marked)
-        suspect, layer = self._confirm(first)
+        if self.graph.reference.is_random:
+            self._notes.append("the model draws random numbers: its inner values are not judged")
+            first = []
+        suspect, layer = self._confirm(first, bool(wrong))
         if layer is not None:
             layers = tuple(layer if one.tensor == layer.tensor else one for one in layers)
         errors = {name: error for name, (error, _) in given.items()}
@@ -182,8 +185,12 @@ class EngineCheck:
 
     # Blame
 
-    def _confirm(self, candidates: Sequence[Layer]) -> tuple[Suspect | None, Layer | None]:
-        """Build candidates alone, the first of them first, until one is wrong by itself."""
+    def _confirm(self, candidates: Sequence[Layer], are_results_wrong: bool) -> tuple[Suspect | None, Layer | None]:
+        """Build candidates alone, the first of them first, until one is wrong by itself.
+
+        One that is not is to blame all the same where results are wrong; where they are right it is not: among equal
+        values a top-k may take others, and then what follows is other values, rightly.
+        """
         tried = False
         for layer in candidates:
             if self.builds >= MOST_BUILDS:
@@ -198,7 +205,7 @@ class EngineCheck:
                 return self._suspect(confirmed, words), confirmed
             tried = True
             self._notes.append(f"{layer.tensor} is right where it is built alone (error {error:.2g})")
-        if not candidates:
+        if not candidates or not are_results_wrong:
             return None, None
         words = f"relative error {candidates[0].error:.2g}, what it reads {candidates[0].inherited:.2g}"
         if tried:

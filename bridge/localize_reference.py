@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 OUTPUT = "output:"
 """Keys of the reference's results: ``output:0``. Other keys are ``call:index``, or a tensor's name in a graph."""
 
+_RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+
 Type = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -50,6 +52,11 @@ class Reference(Protocol):
 
     def is_free(self, key: str) -> bool:
         """Whether a value may rightly be another: indices of equal values, random numbers."""
+        ...
+
+    @property
+    def is_random(self) -> bool:
+        """Whether results are others in every run."""
         ...
 
 
@@ -94,6 +101,10 @@ class TorchReference:
             return True
         target = self._targets.get(call, "")
         return target.split(".")[1:2] != [] and target.split(".")[1] in INDEX_OPS and not _is_float(self.types[key])
+
+    @property
+    def is_random(self) -> bool:
+        return bool(self._random)
 
     @cached_property
     def _random(self) -> Collection[str]:
@@ -147,13 +158,16 @@ class GraphReference:
     def _free(self) -> Collection[str]:
         ops = {"TopK", "ArgMax", "ArgMin", "MaxPool", "Unique"}
         integers = (ir.DataType.INT64, ir.DataType.INT32)
-        random = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
         return {
             name
             for node in self.model.proto.graph.node
             for name in node.output
-            if node.op_type in random or (node.op_type in ops and self._dtypes.get(name) in integers)
+            if node.op_type in _RANDOM or (node.op_type in ops and self._dtypes.get(name) in integers)
         }
+
+    @property
+    def is_random(self) -> bool:
+        return any(node.op_type in _RANDOM for node in self.model.proto.graph.node)
 
     @property
     def _feeds(self) -> dict[str, torch.Tensor]:

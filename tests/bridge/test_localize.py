@@ -325,7 +325,9 @@ def test_random_calls_do_not_hide_what_follows(x: torch.Tensor) -> None:
             return torch.tanh(x)
 
     graph = tb.export(Noisy(), (x,))
-    assert not any(layer.wrong for layer in tb.localize(Noisy(), graph, (x,)).layers)
+    right = tb.localize(Noisy(), graph, (x,))
+    assert not right.found, str(right)
+    assert any("draws random numbers" in note for note in right.stage.notes)
     report = tb.localize(Noisy(), spoiled(graph), (x,))
     assert report.suspect is not None
     assert report.suspect.op_type == "Sigmoid"
