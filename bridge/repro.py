@@ -48,7 +48,7 @@ _PLUGINS = (
 _ENGINE = (
     "import torch, trtbridge",
     'module = trtbridge.convert("model.onnx", backend="$backend"$options)\n'
-    "made = module(*[torch.from_numpy(inputs[name]).to(module.device) for name in module.program.signature.labels])\n"
+    "made = module(*[torch.from_numpy(inputs[x.name]).to(module.device) for x in module.program.signature.inputs])\n"
     "results = [(made[name] if isinstance(made, dict) else made).float().cpu().numpy() for name in expected]",
 )
 

@@ -21,7 +21,7 @@ def export_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def trace(model: torch.nn.Module, args: Any, kwargs: Any, **options: Any) -> Any:
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
-        values = tuple((one.dtype, one.numpy().tobytes(), tuple(one.shape)) for one in tensors)
+        values = tuple((one.dtype, one.double().numpy().tobytes(), tuple(one.shape)) for one in tensors)
         return _kept((id(model), values, repr(options)), real_trace, model, args, kwargs, **options)
 
     def to_onnx(self: ExportedModule, plugins: Mapping[str, str]) -> Any:

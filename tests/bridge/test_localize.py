@@ -315,7 +315,14 @@ def test_a_plugin_whose_kernel_is_off(x: torch.Tensor, tmp_path: Path) -> None:
     assert report.suspect is not None
     assert report.suspect.op_type.startswith("trtbridge::")
     assert report.suspect.origin.code == "z = torch.ops.tests_localize.smooth(y)"
-    assert "trtbridge.bridge.repro" in (tmp_path / "run.py").read_text()
+    code = (tmp_path / "run.py").read_text()
+    assert "trtbridge.bridge.repro" in code
+    own = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_localize\n"
+    own += "for n, s in (('smooth', 0.5), ('smooth_off', 0.45)): test_localize._smooth(n, s)\n"
+    (tmp_path / "run.py").write_text(code.replace("import os, sys\n", f"import os, sys\n{own}"))
+    done = run_repro(tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "relative error" in done.stdout
 
 
 def test_random_calls_do_not_hide_what_follows(x: torch.Tensor) -> None:
@@ -418,6 +425,28 @@ def test_a_repro_runs_by_itself(dtype: torch.dtype, x: torch.Tensor, tmp_path: P
     assert run_repro(report.repro_dir).returncode == 0
     code = (report.repro_dir / "run.py").read_text().splitlines()
     assert {line.split()[1] for line in code if line.startswith("import ")} == {"os,", "numpy", "onnxruntime"}
+
+
+def test_a_repro_of_an_engine_builds_it(net: nn.Module, graph: OnnxModel, x: torch.Tensor, tmp_path: Path) -> None:
+    report = tb.localize(net, spoiled(graph), (x,))
+    assert report.repro is not None
+    dataclasses.replace(report.repro, backend="onnxruntime").save(tmp_path)
+    assert "trtbridge.convert(" in (tmp_path / "run.py").read_text()
+    done = run_repro(tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "tanh: relative error" in done.stdout
+
+
+def test_a_repro_in_bfloat16_has_inputs_in_float32(x: torch.Tensor, tmp_path: Path) -> None:
+    model = Net().eval().bfloat16()
+    wrong = spoiled(tb.export(model, (x.bfloat16(),)))
+    report = tb.localize(model, wrong, (x.bfloat16(),), repro=tmp_path)
+    assert report.suspect is not None, str(report)
+    held = np.load(tmp_path / "inputs.npz")
+    assert {name: held[name].dtype for name in held.files} == {"add__float32": np.float32}
+    graph = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    assert [node.op_type for node in graph.graph.node] == ["Cast", "Sigmoid"]
 
 
 def test_what_is_no_model_is_refused(

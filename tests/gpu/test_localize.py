@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,13 @@ def search(
     args, kwargs = model.example(2, 5, zoo.DTYPES[dtype], device)
     started = time.perf_counter()
     report = tb.localize(module, None, (args, kwargs), backend=backend, **options)
-    return report, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    if folder := os.environ.get("TRTBRIDGE_GPU_LOCALIZE_DIR"):  # for the pages of docs/
+        name = f"{case}.{'mixed' if options else dtype}.{backend}"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{name}.txt").write_text(f"{report}\n")
+        (Path(folder) / f"{name}.json").write_text(json.dumps(report.to_json(), indent=1))
+    return report, seconds
 
 
 @pytest.mark.parametrize("case", ["resnet50", "bert_base"])
@@ -41,8 +49,9 @@ def test_layer_by_layer(case: str, dtype: str, backend: str, device: torch.devic
     errors = [layer.error for layer in engine.layers if layer.error is not None]
     own = [layer.own_error for stage in found.stages for layer in stage.layers if layer.own_error is not None]
     row = {"model": case, "dtype": dtype, "layers": len(errors), "builds": found.builds, "seconds": round(seconds, 1)}
-    row |= {"largest_error": max(errors), "largest_own_error_in_graphs": max(own)}
-    report("localize", **row, result_error=max(engine.output_errors.values()))
+    row |= {"largest error": f"{max(errors):.1e}", "largest of a layer alone": f"{max(own):.1e}"}
+    row["error of results"] = f"{max(engine.output_errors.values()):.1e}"
+    report("localize", **row)
     assert not found.found, str(found)
     assert found.builds <= 3
     assert len(errors) >= (20 if DRY_RUN else 100)
