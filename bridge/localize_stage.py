@@ -117,11 +117,16 @@ class GraphCheck:
         layers = tuple(self._layer(point, whole, *own[point.tensor]) for point in self.examined.points)
         results = {value.name for value in self.examined.model.proto.graph.output}
         errors = {name: error for name, (error, _) in whole.items() if name in results}
+        results = {name for name in results if not self.is_free(name)}
         wrong = "; ".join(f"{name}: {words}" for name, (_, words) in whole.items() if words and name in results)
         if self.reference.is_random:
             notes.append("the model draws random numbers: its results are not judged, each layer alone is")
             wrong = ""
         return Stage(self.name, layers, errors, wrong, tuple(notes))
+
+    def is_free(self, tensor: str) -> bool:
+        """Whether a tensor may rightly have other values than the reference's."""
+        return tensor in self.keys and self.reference.is_free(self.keys[tensor])
 
     def suspects(self, stage: Stage) -> Iterator[Layer]:
         """The layers that are wrong by themselves, in order, less those that only hold a value in another form."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import trtbridge as tb
 from trtbridge.bridge import localize as localize_module
 from trtbridge.bridge.export import ExportedModule
+from trtbridge.bridge.model import OnnxModel
+
+sys.path.insert(0, str(Path(__file__).parent))  # for localize_nets.py
+
+from localize_nets import Net
 
 _CACHE: dict[Any, Any] = {}
 
@@ -35,3 +44,25 @@ def _kept(key: Any, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if key not in _CACHE:
         _CACHE[key] = make(*args, **kwargs), args  # the arguments are kept, so that ids stay their own
     return _CACHE[key][0]
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(3)
+    return Net().eval()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(4, 8) * 2
+
+
+@pytest.fixture(scope="module")
+def graph(net: nn.Module) -> OnnxModel:
+    return tb.export(net, (torch.randn(4, 8),))
+
+
+@pytest.fixture(scope="module")
+def converted(net: nn.Module) -> tb.EngineModule:
+    shapes = {"x": {0: tb.Dim("batch", min=1, opt=4, max=8)}}
+    return tb.convert(net, (torch.randn(4, 8),), dynamic_shapes=shapes, backend="onnxruntime")
