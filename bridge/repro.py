@@ -16,7 +16,7 @@ import torch
 from ..errors import ModelFileError, TrtBridgeError
 from ..nodes import DOMAIN
 from .activations import to_numpy
-from .model import OnnxModel, iterate_nodes
+from .model import OnnxModel, TensorSpec, iterate_nodes
 
 _SCRIPT = Template('''\
 """$title"""
@@ -109,34 +109,39 @@ class Repro:
         title = self.title.replace("\\", "/").replace('"', "'")
         return _SCRIPT.substitute(title=title, imports=imports, limit=f"{self.limit:.6g}", run=run)
 
-    def _standalone(self, arrays: Mapping[str, np.ndarray]) -> OnnxModel:
+    def fixed(self) -> OnnxModel:
+        """The graph for inputs of just these sizes."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.model.proto)
-        graph = proto.graph
+        for values, held in ((proto.graph.input, self.inputs), (proto.graph.output, self.expected)):
+            for value in values:
+                shape = value.type.tensor_type.shape
+                del shape.dim[:]
+                shape.SetInParent()  # of a scalar, too
+                for size in held[value.name].shape:
+                    shape.dim.add(dim_value=size)
+        signature = self.model.signature
+        inputs = (TensorSpec.make(s.name, s.dtype, tuple(self.inputs[s.name].shape), {}) for s in signature.inputs)
+        outputs = (TensorSpec.make(s.name, s.dtype, tuple(self.expected[s.name].shape), {}) for s in signature.outputs)
+        signature = dataclasses.replace(signature, inputs=tuple(inputs), outputs=tuple(outputs), dims={})
+        return dataclasses.replace(self.model, proto=proto, signature=signature)
+
+    def _standalone(self, arrays: Mapping[str, np.ndarray]) -> OnnxModel:
+        """The graph as it goes into a file: inputs that NumPy has no type for are float32."""
+        model = self.fixed()
+        graph = model.proto.graph
         casts = []
         for value in graph.input:
             array = arrays[value.name]
-            value.type.tensor_type.ClearField("shape")
-            for size in array.shape:
-                value.type.tensor_type.shape.dim.add(dim_value=size)
-            if not array.shape:
-                value.type.tensor_type.shape.SetInParent()
             if array.dtype == ml_dtypes.bfloat16:
                 name, value.name = value.name, _stored_name(value.name, array)
                 value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
                 casts.append(onnx.helper.make_node("Cast", [value.name], [name], to=onnx.TensorProto.BFLOAT16))
-        nodes = [*casts, *graph.node]
-        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*casts, *graph.node)]
         del graph.node[:]
         graph.node.extend(kept)
-        for value in graph.output:
-            value.type.tensor_type.ClearField("shape")
-            for size in self.expected[value.name].shape:
-                value.type.tensor_type.shape.dim.add(dim_value=size)
-            if not self.expected[value.name].shape:
-                value.type.tensor_type.shape.SetInParent()
         del graph.value_info[:]  # shapes with names that are fixed now
-        return dataclasses.replace(self.model, proto=proto)
+        return model
 
 
 def run_model(path: str | Path, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -191,3 +191,19 @@ def test_engines_that_cannot_run_here_are_said_so(net: nn.Module, x: torch.Tenso
     named = {stage.name: stage for stage in report.stages}
     assert any(note.startswith("not run:") for note in named["engine tensorrt_rtx"].notes)
     assert named["passes"].layers
+
+
+def test_fewer_marks_where_all_are_too_many(net: nn.Module, x: torch.Tensor, plant: Any) -> None:
+    def choosy(proto: onnx.ModelProto) -> None:
+        if len(proto.graph.output) > 4:
+            raise tb.BuildError("too many outputs")
+        for node in proto.graph.node:
+            node.op_type = "Sigmoid" if node.op_type == "Tanh" else node.op_type
+
+    backend = plant(choosy)
+    report = tb.localize(net, None, (x,), backend="onnxruntime")
+    assert any("tensors marked as outputs fails: too many outputs" in note for note in report.stage.notes)
+    assert report.suspect is not None, str(report)
+    assert report.suspect.origin.code == "return self.head(torch.tanh(x))"
+    assert len(backend.built) == 2, "the one that failed is counted, and so none is left for the suspect alone"
+    assert report.builds == 3
