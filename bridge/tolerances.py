@@ -69,7 +69,7 @@ _FLOATS = {
     "bfloat16": Tolerance(1e-1, 1e-2, 2e-1, 0.99),
     "float8": Tolerance(2e-1, 5e-2, 5e-1, 0.95),
 }
-"""From the finest to the coarsest: ten times and more of what rounding adds up to in deep networks."""
+"""From the finest to the coarsest: five times and more of what rounding adds up to in deep networks."""
 
 _INTEGERS = {"float16": 0.01, "bfloat16": 0.03, "float8": 0.1}
 """Share of integers and booleans that may differ, by what they were computed in: argmax of values that nearly tie."""
