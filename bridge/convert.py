@@ -75,6 +75,7 @@ def convert(
         "passes": [{"name": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 4)} for r in planner.passes],
         "opset": planner.opset,
         "options": chosen.recorded,
+        "learned": planner.learned,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     return EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)

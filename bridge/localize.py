@@ -214,7 +214,11 @@ class _Search:
         planner = Planner(self.source, self.backend, self.options, Stages(progress=self.options.progress))
         module, builds = self.given, 0
         if isinstance(module, EngineModule):
+            planner.recall(module.program.info.get("learned", {}))
             plan, _ = planner.settled_plan()
+            theirs = [entry["name"] for entry in module.program.info.get("passes", ())]
+            if theirs and theirs != [report.name for report in planner.passes]:
+                logger.warning("it was converted with the passes %s: give them as passes=", ", ".join(theirs))
         else:
             program = planner.build()
             builds = 1

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 
@@ -88,6 +89,24 @@ class Planner:
     def opset(self) -> int | None:
         """The ONNX opset of the default domain in the last model."""
         return self._opset
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What was refused so far, JSON-ready: what `recall` takes."""
+        sets = {"outside": sorted(self.outside), "full": sorted(self.full)}
+        found = {"calls": self.calls, "nodes": self.nodes, **sets}
+        return {name: value for name, value in found.items() if value}
+
+    def recall(self, learned: Mapping[str, Any]) -> None:
+        """Begin with what was refused in an earlier conversion of the same model."""
+        source = self.source
+        if isinstance(source, ExportedModule):
+            known = {node.name for node in source.program.graph.nodes}
+            calls = {call: why for call, why in learned.get("calls", {}).items() if call in known}
+            self.calls |= {call: why for call, why in calls.items() if not source.plugin_problem(call)}
+        self.nodes |= learned.get("nodes", {})
+        self.outside |= set(learned.get("outside", ()))
+        self.full |= set(learned.get("full", ()))
 
     def plan(self) -> Plan:
         """A plan whose export has been checked; the backend has not been asked yet."""

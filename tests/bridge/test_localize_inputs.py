@@ -178,3 +178,19 @@ def test_a_graph_that_cannot_run_is_localized_all_the_same(net: nn.Module, graph
     assert report.suspect.node == node.name
     assert "ONNX Runtime cannot run it" in report.suspect.words
     assert any("cannot be run as a whole" in note for note in report.stage.notes)
+
+
+def test_what_a_conversion_has_learned_is_known_again(x: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    class Largest(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cummax(torch.relu(x), 1)[0] * 2
+
+    converted = tb.convert(Largest(), (x,), backend="onnxruntime", passes=tb.Pipeline(()))
+    (call,) = converted.program.info["learned"]["calls"]
+    report = tb.localize(Largest(), converted, (x,), check_export=False)
+    assert not report.found, str(report)
+    assert any(layer.origin.call == call for layer in report.layers)
+    assert "give them as passes=" not in caplog.text, "it had none"
+    with_one = tb.convert(Largest(), (x,), backend="onnxruntime", passes=tb.Pipeline(tb.DEFAULT.passes[:1]))
+    tb.localize(Largest(), with_one, (x,))
+    assert f"converted with the passes {type(tb.DEFAULT.passes[0]).__name__}: give them as passes=" in caplog.text
