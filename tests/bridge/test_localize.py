@@ -19,6 +19,8 @@ import trtbridge as tb
 from trtbridge.bridge import localize as localize_module
 from trtbridge.bridge.backends.base import BuildOptions, Engine, Progress, Segment
 from trtbridge.bridge.backends.onnxruntime import OnnxRuntimeBackend
+from trtbridge.bridge.build import build_plan
+from trtbridge.bridge.localize_engine import EngineCheck
 from trtbridge.passes import Notes, Pass
 
 pytestmark = pytest.mark.usefixtures("export_once")
@@ -207,3 +209,31 @@ def test_fewer_marks_where_all_are_too_many(net: nn.Module, x: torch.Tensor, pla
     assert report.suspect.origin.code == "return self.head(torch.tanh(x))"
     assert len(backend.built) == 2, "the one that failed is counted, and so none is left for the suspect alone"
     assert report.builds == 3
+
+
+@pytest.mark.rtx
+def test_marked_engines_and_suspects_alone_build_with_tensorrt_rtx(
+    net: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Built here, and taken for engines that give zeros, as they cannot run here."""
+    pytest.importorskip("tensorrt_rtx")
+    built = []
+
+    def build(self: EngineCheck, plan: Any, inputs: Any) -> dict[str, torch.Tensor]:
+        self.builds += 1
+        (engine,) = build_plan(plan, self.backend, self.options).engines
+        assert engine.info["layers"]
+        built.append({spec.name for spec in engine.outputs})
+        shapes = {name: self.graph.reference.types[self.graph.keys[name]][0] for name in built[-1]}
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    monkeypatch.setattr(EngineCheck, "_build", build)
+    monkeypatch.setattr(localize_module, "why_not_here", lambda module: "")
+    monkeypatch.setattr(localize_module._Search, "_given_errors", lambda *_: {"output_0": (1.0, "all zeros")})
+    report = tb.localize(net, None, (x,), backend="tensorrt_rtx", precision="fp16", repro=tmp_path)
+    assert report.builds == 3, "with the conversion itself"
+    assert built[0] >= {"layer_norm", "linear", "gelu", "add", "tanh", "output_0"}
+    assert built[1] == {"layer_norm"}
+    assert report.suspect is not None
+    assert (report.suspect.stage, report.suspect.layer.tensor) == ("engine tensorrt_rtx", "layer_norm")
+    assert 'backend="tensorrt_rtx"' in (tmp_path / "run.py").read_text()
