@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .bridge.convert import convert, explain, load, save
     from .bridge.dims import Dim
     from .bridge.export import export
+    from .bridge.localize import localize
+    from .bridge.localize_report import LocalizeReport
     from .bridge.module import EngineModule
     from .bridge.options import Options
     from .bridge.precision import PrecisionReport
@@ -47,6 +49,7 @@ _LAZY = {
     "DEFAULT": ".passes.default",
     "Dim": ".bridge.dims",
     "EngineModule": ".bridge.module",
+    "LocalizeReport": ".bridge.localize_report",
     "Options": ".bridge.options",
     "Pass": ".passes.pipeline",
     "Pipeline": ".passes.pipeline",
@@ -57,6 +60,7 @@ _LAZY = {
     "explain": ".bridge.convert",
     "export": ".bridge.export",
     "load": ".bridge.convert",
+    "localize": ".bridge.localize",
     "plugin": ".plugins.authoring",
     "save": ".bridge.convert",
 }
@@ -74,6 +78,7 @@ __all__ = [
     "ExecutionError",
     "ExportError",
     "InputError",
+    "LocalizeReport",
     "ModelFileError",
     "OptionError",
     "Options",
@@ -90,6 +95,7 @@ __all__ = [
     "explain",
     "export",
     "load",
+    "localize",
     "plugin",
     "plugins",
     "save",

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx
 import torch
@@ -21,6 +20,7 @@ from ..nodes import DOMAIN
 from ..passes import numbers
 from ..passes.pipeline import Pipeline
 from ..passes.reports import PipelineResult
+from .activations import from_numpy, to_numpy, with_outputs
 from .backends import get_backend
 from .backends.base import BuildOptions, Segment
 from .build import build_plan
@@ -28,7 +28,7 @@ from .cli_run import RandomInputs
 from .export import ExportedModule
 from .model import OnnxModel, iterate_nodes
 from .options import Options
-from .partition import partition, spec_of
+from .partition import partition
 from .runtime import RunningProgram
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class CheckRunner:
             tensors = RandomInputs().make(self.model.signature)
         else:
             tensors = [tensor.detach().cpu() for tensor in source.arguments.tensors]
-        return {spec.name: _to_numpy(t) for spec, t in zip(self.model.signature.inputs, tensors, strict=True)}
+        return {spec.name: to_numpy(t) for spec, t in zip(self.model.signature.inputs, tensors, strict=True)}
 
     def __call__(
         self,
@@ -112,52 +112,13 @@ class CheckRunner:
         plan = partition(dataclasses.replace(self.model, proto=proto, weights=weights))
         wanted = set(extra)
         if wanted:
-            steps = [_handing_out(step, wanted) if isinstance(step, Segment) else step for step in plan.steps]
+            steps = [with_outputs(step, wanted) if isinstance(step, Segment) else step for step in plan.steps]
             plan = dataclasses.replace(plan, steps=tuple(steps))
         running = RunningProgram(build_plan(plan, get_backend("onnxruntime"), BuildOptions()), _CPU, None)
-        inputs = [_to_torch(feeds[spec.name]) for spec in self.model.signature.inputs]
+        inputs = [from_numpy(feeds[spec.name]) for spec in self.model.signature.inputs]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             seen = running.run_all(inputs)
         names = {spec.name: plan.aliases.get(spec.name, spec.name) for spec in plan.signature.outputs}
-        found = {name: _to_numpy(seen[inner]) for name, inner in names.items()}
-        return found | {name: _to_numpy(seen[name]) for name in extra if name in seen}
-
-
-def _handing_out(segment: Segment, wanted: set[str]) -> Segment:
-    """A segment that hands out inner tensors, too, as far as their types are known."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(segment.proto)
-    known = {spec.name for spec in segment.outputs}
-    made = {name for node in proto.graph.node for name in node.output}
-    added = [
-        value
-        for value in proto.graph.value_info
-        if value.name in wanted & made and value.name not in known and value.type.tensor_type.elem_type
-    ]
-    proto.graph.output.extend(added)
-    return dataclasses.replace(segment, proto=proto, outputs=(*segment.outputs, *map(spec_of, added)))
-
-
-_BITS = {
-    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
-    torch.float8_e4m3fn: (torch.int8, ml_dtypes.float8_e4m3fn),
-    torch.float8_e5m2: (torch.int8, ml_dtypes.float8_e5m2),
-}
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The values on the CPU, in types of ml_dtypes where NumPy has none."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype not in _BITS:
-        return np.asarray(tensor.numpy())
-    bits, dtype = _BITS[tensor.dtype]
-    return np.asarray(tensor.view(bits).numpy().view(dtype))
-
-
-def _to_torch(array: np.ndarray) -> torch.Tensor:
-    array = np.ascontiguousarray(array)
-    for dtype, (bits, short) in _BITS.items():
-        if array.dtype == short:
-            return torch.from_numpy(array.view(np.int16 if bits == torch.int16 else np.int8).copy()).view(dtype)
-    return torch.from_numpy(array.copy())
+        found = {name: to_numpy(seen[inner]) for name, inner in names.items()}
+        return found | {name: to_numpy(seen[name]) for name in extra if name in seen}

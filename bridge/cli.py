@@ -1,4 +1,4 @@
-"""The ``trtbridge`` command: convert, explain, run, compare, passes, plugins, doctor.
+"""The ``trtbridge`` command: convert, explain, run, compare, localize, passes, plugins, doctor.
 
 torch takes seconds to import, so nothing here does before a command needs it: ``-h`` answers at once.
 """
@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import BackendError, OptionError
 from .cli_compare import compare as compare_command
 from .cli_display import Stages, reporting
+from .cli_localize import localize as localize_command
 from .cli_options import (
     BackendOption,
     CacheOption,
@@ -73,6 +74,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(plugins_app)
+app.command(
+    "localize",
+    epilog="Examples:\n\n"
+    "[bold]trtbridge localize model.py:make model.trtb --repro wrong[/bold]\n\n"
+    "[bold]trtbridge localize model.py:make --precision fp16[/bold]",
+)(localize_command)
 app.command("passes", epilog="Examples:\n\n[bold]trtbridge passes[/bold]\n\n[bold]trtbridge passes RemoveNoOps[/bold]")(
     passes_command
 )

@@ -97,6 +97,10 @@ def make_side(subject: Subject | Side, device: torch.device | str | None = None)
     )
 
 
+_ROUNDS_AS = {"auto": "fp16", "int8": "fp8"}
+"""Precisions that name no float dtype, with the one that rounds about as much."""
+
+
 def _file_side(path: Path, device: torch.device | str | None) -> Side:
     if path.suffix.lower() != ".onnx":
         return _engine_side(EngineModule(Program.load(path), device), path.name)
@@ -109,7 +113,9 @@ def _engine_side(module: EngineModule, name: str) -> Side:
     if reason := why_not_here(module):
         raise BackendError(f"{name} cannot run here, so it cannot be compared here: {reason}")
     program = module.program
-    computed_in = coarser(_signature_dtype(program.signature), (program.info.get("precision") or {}).get("precision"))
+    computed_in = _signature_dtype(program.signature)
+    for part in filter(None, (program.info.get("precision") or {}).get("precision", "").split("+")):
+        computed_in = coarser(computed_in, _ROUNDS_AS.get(part, part))
     for engine in program.engines:
         for spec in (*engine.inputs, *engine.outputs):
             computed_in = coarser(computed_in, spec.dtype)

@@ -79,6 +79,8 @@ def convert(
         "stage_seconds": planner.stages.seconds,
         "passes": [{"name": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 4)} for r in planner.passes],
         "opset": planner.opset,
+        "options": chosen.recorded,
+        "learned": planner.learned,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     if planner.precision is not None:

@@ -197,6 +197,18 @@ class Options:
         need(self.progress is None or callable(self.progress), "progress", "a function of (stage, fraction)")
 
     @property
+    def recorded(self) -> dict[str, Any]:
+        """What decides the graph, JSON-ready: those that are not as by default, passes and functions left out."""
+        names = (
+            *("opset", "tf32", "plugin_host", "fallback", "check_export", "max_data_size"),
+            *("precision", "precision_tolerance"),
+        )
+        found = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Options, name, None)}
+        keep = [self.keep_fp32] if isinstance(self.keep_fp32, str) else self.keep_fp32
+        kept = [] if callable(keep) else [entry for entry in keep if isinstance(entry, str)]
+        return found | ({"keep_fp32": kept} if kept else {})
+
+    @property
     def build(self) -> BuildOptions:
         """The part that concerns building."""
         return BuildOptions(

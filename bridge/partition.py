@@ -73,8 +73,8 @@ class _Partitioner:
         self.nodes = list(graph.node)
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.graph_outputs = [value.name for value in graph.output]
-        self.types = _tensor_types(self.model.proto)
-        self.reads = {id(node): _reads(node) for node in self.nodes}
+        self.types = tensor_types(self.model.proto)
+        self.reads = {id(node): reads_of(node) for node in self.nodes}
         self.producers = {name: node for node in self.nodes for name in node.output if name}
 
     def plan(self) -> Plan:
@@ -317,7 +317,7 @@ def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     ]
 
 
-def _reads(node: onnx.NodeProto) -> list[str]:
+def reads_of(node: onnx.NodeProto) -> list[str]:
     """Tensors that a node reads, those that its bodies capture included."""
     names = [name for name in node.input if name]
     for body in _bodies(node):
@@ -327,11 +327,11 @@ def _reads(node: onnx.NodeProto) -> list[str]:
 
 def _captured(body: onnx.GraphProto) -> list[str]:
     own = {v.name for v in body.input} | {t.name for t in body.initializer} | set(made_in_order(body.node))
-    read = [name for node in body.node for name in _reads(node)] + [v.name for v in body.output]
+    read = [name for node in body.node for name in reads_of(node)] + [v.name for v in body.output]
     return [name for name in read if name not in own]
 
 
-def _tensor_types(proto: onnx.ModelProto) -> Mapping[str, tuple[ir.DataType | None, Shape | None]]:
+def tensor_types(proto: onnx.ModelProto) -> Mapping[str, tuple[ir.DataType | None, Shape | None]]:
     """dtype and shape of every tensor that the graph or shape inference knows."""
     known = _declared_types(proto.graph)
     made = set(made_in_order(proto.graph.node))

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 
@@ -62,6 +63,7 @@ class Planner:
         rewrites: nodes that are written in other ops, because the backend refuses them as they are.
         passes: what the passes did last.
         precision: what became of the model's precision, where one was asked for.
+        models: the last model after each stage that changes it: "export", "passes", "precision".
     """
 
     source: ExportedModule | OnnxModel
@@ -75,6 +77,7 @@ class Planner:
     rewrites: Rewrites = field(default_factory=Rewrites)
     passes: Sequence[PassReport] = ()
     precision: PrecisionReport | None = None
+    models: dict[str, OnnxModel] = field(default_factory=dict)
     _opset: int | None = None
     _exported: tuple[frozenset[str], OnnxModel] | None = None  # the last translation and what was a plugin in it
     _rewritten: OnnxModel | None = None  # the last model, its refused nodes rewritten, no node a plugin
@@ -91,6 +94,26 @@ class Planner:
     def opset(self) -> int | None:
         """The ONNX opset of the default domain in the last model."""
         return self._opset
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What was refused so far, JSON-ready: what `recall` takes."""
+        refused = {"full": sorted(self.refused.half), "unquantized": sorted(self.refused.quantized)}
+        sets = {"outside": sorted(self.outside), **refused}
+        found = {"calls": self.calls, "nodes": self.nodes, **sets}
+        return {name: value for name, value in found.items() if value}
+
+    def recall(self, learned: Mapping[str, Any]) -> None:
+        """Begin with what was refused in an earlier conversion of the same model."""
+        source = self.source
+        if isinstance(source, ExportedModule):
+            known = {node.name for node in source.program.graph.nodes}
+            calls = {call: why for call, why in learned.get("calls", {}).items() if call in known}
+            self.calls |= {call: why for call, why in calls.items() if not source.plugin_problem(call)}
+        self.nodes |= learned.get("nodes", {})
+        self.outside |= set(learned.get("outside", ()))
+        self.refused.half |= set(learned.get("full", ()))
+        self.refused.quantized |= set(learned.get("unquantized", ()))
 
     def plan(self) -> Plan:
         """A plan whose export has been checked; the backend has not been asked yet."""
@@ -109,12 +132,14 @@ class Planner:
             wrong = self._wrong_calls(model)
             if any([self.rewrites.give_up(wrong), self._add_calls(wrong)]) and rounds < _MOST_ROUNDS:
                 continue
+            self.models["passes"] = model
             if self.options.precision is not None:
                 with self.stages.stage("precision"):
                     model, self.precision = convert_precision(
                         model, self.source, self.options, self.refused, self._measurements, self.backend
                     )
                     self._half, self._quantized = sixteen_bit_nodes(model.proto), quantized_nodes(model.proto)
+                self.models["precision"] = model
             with self.stages.stage("partition"):
                 plan = partition(model, None if self.options.plugin_host == "segments" else self.backend, self.outside)
                 if self.options.plugin_host == "engine":
@@ -261,6 +286,7 @@ class Planner:
         else:
             with self.stages.stage("export"):
                 model = self._export(self.source)
+        self.models["export"] = model
         with self.stages.stage("passes"):
             result = run_passes(self.options.passes, model, self.source, self.options)
             self.passes = tuple(result.report.passes)

@@ -13,7 +13,7 @@ from ..errors import ExecutionError, PluginError, TrtBridgeError
 from ..plugins.registry import call_op, find_op
 from ..plugins.sizes import names_in
 from .backends import get_backend
-from .backends.base import Engine, Executable
+from .backends.base import Backend, Engine, Executable
 from .dims import Range
 from .dtypes import to_torch
 from .plan import PluginCall
@@ -29,14 +29,17 @@ class RunningProgram:
         program: what to run.
         device: where.
         cache_dir: where compiled kernels are kept.
+        backend: what loads the engines; None for the one that the program names.
 
     Raises:
         BackendError: the backend is missing, or cannot run these engines on that device.
         PluginError: a plugin op is not registered in this process.
     """
 
-    def __init__(self, program: Program, device: torch.device, cache_dir: Path | None) -> None:
-        backend = get_backend(program.backend)
+    def __init__(
+        self, program: Program, device: torch.device, cache_dir: Path | None, backend: Backend | None = None
+    ) -> None:
+        backend = backend or get_backend(program.backend)
         _require_ops(program)
         self.device = device
         self._inputs = [spec.name for spec in program.signature.inputs]
@@ -79,10 +82,17 @@ class RunningProgram:
 
     @torch.no_grad()
     def run_all(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run on a CPU and return every tensor that crosses from one step to the next, by name."""
+        """Run, wait, and return every tensor that crosses from one step to the next, by name."""
         environment = dict(zip(self._inputs, inputs, strict=True)) | self._constants
-        for step in self._steps:
-            step(environment)
+        stream: AbstractContextManager[object] = nullcontext()
+        if self.device.type == "cuda":
+            stream = torch.cuda.stream(self._own_stream())
+            torch.cuda.synchronize(self.device)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), stream:
+            for step in self._steps:
+                step(environment)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return environment
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

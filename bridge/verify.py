@@ -7,23 +7,20 @@ whose own results differ is to blame.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import onnx
 import torch
 
 from ..errors import TrtBridgeError
+from .activations import INDEX_OPS, Recorder, cuda_devices, excess, relative_error, with_outputs
 from .backends import get_backend
 from .backends.base import BuildOptions, Segment
 from .build import build_plan
 from .export import ExportedModule
 from .model import OnnxModel, origin_of
-from .partition import spec_of
 from .plan import Plan
 from .program import Program
 from .runtime import RunningProgram
@@ -40,9 +37,6 @@ _GROWTH = 20
 """A call is to blame where its error is this many times that of what it reads: others only pass an error on."""
 
 _CPU = torch.device("cpu")
-# Among equal values these may take any.
-_INDEX_OPS = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min", "kthvalue", "median", "nanmedian", "mode",
-              "cummax", "cummin", "aminmax", "msort"}  # fmt: skip
 
 
 def find_wrong_calls(traced: ExportedModule, model: OnnxModel, plan: Plan) -> dict[str, str]:
@@ -60,8 +54,8 @@ def find_wrong_calls(traced: ExportedModule, model: OnnxModel, plan: Plan) -> di
     if model.weight_bytes > _LIMIT_BYTES:
         logger.info("the export is not checked: weights of %.1f GB", model.weight_bytes / 1e9)
         return {}
-    interpreter = _Recorder(traced)
-    with torch.random.fork_rng(devices=_cuda_devices(traced)):
+    interpreter = Recorder(traced)
+    with torch.random.fork_rng(devices=cuda_devices(traced)):
         torch.manual_seed(0)
         try:
             expected = interpreter.run_example()
@@ -104,23 +98,6 @@ def find_wrong_calls(traced: ExportedModule, model: OnnxModel, plan: Plan) -> di
     return found
 
 
-def relative_error(mine: torch.Tensor, wanted: torch.Tensor) -> float:
-    """L2 norm of the error over that of the expected values where both are finite; for integers the share that differs.
-
-    1 where shapes differ, or NaN and infinity are in other places.
-    """
-    a, b = mine.detach().cpu().double(), wanted.detach().cpu().double()
-    if not wanted.is_floating_point():
-        return float((a != b).double().mean()) if a.shape == b.shape and b.numel() else float(a.shape != b.shape)
-    if a.shape != b.shape:
-        return 1.0
-    finite = torch.isfinite(a) & torch.isfinite(b)
-    size = float(b[finite].norm())
-    error = float((a[finite] - b[finite]).norm())
-    same = bool((torch.isfinite(a) == torch.isfinite(b)).all())
-    return max(error / size if size else float(error > 0), 0.0 if same else 1.0)
-
-
 def differ(mine: torch.Tensor, wanted: torch.Tensor, coarsest: torch.dtype = torch.float32) -> str:
     """How two results differ beyond rounding, "" where they do not.
 
@@ -129,31 +106,7 @@ def differ(mine: torch.Tensor, wanted: torch.Tensor, coarsest: torch.dtype = tor
         coarsest: the dtype whose rounding they may hold: a result in float32 is no better than the half precision that
             it was computed from.
     """
-    mine, wanted = mine.detach().cpu(), wanted.detach().cpu()
-    if mine.shape != wanted.shape:
-        return f"shape {tuple(mine.shape)} instead of {tuple(wanted.shape)}"
-    if not wanted.numel():
-        return ""
-    if not wanted.is_floating_point():
-        share = float((mine.double() != wanted.double()).double().mean())
-        return f"{share:.0%} of the values differ" if share > 0.02 else ""
-    a, b = mine.double(), wanted.double()
-    nans = torch.isnan(a) != torch.isnan(b)
-    infinite = (torch.isinf(a) | torch.isinf(b)) & (a != b) & ~torch.isnan(a) & ~torch.isnan(b)
-    if bool(nans.any()) or bool(infinite.any()):
-        return "NaN or infinity in other places"
-    finite = torch.isfinite(a) & torch.isfinite(b)
-    a, b = a[finite], b[finite]
-    error, size = float((a - b).norm()), float(b.norm())
-    limit = max(_TOLERANCE.get(dtype, 1e-1) for dtype in (wanted.dtype, coarsest))
-    if error > limit * size and error > 1e-5 * max(1, b.numel()) ** 0.5:
-        return f"relative error {error / size if size else float('inf'):.2g}"
-    # A few huge values hide wrong small ones from the norm.
-    usual = b[b != 0].abs().median() if bool((b != 0).any()) else torch.tensor(0.0)
-    far = (a - b).abs() > 10 * limit * (b.abs() + usual) + 1e-5
-    if int(far.sum()) > 0.01 * b.numel():
-        return f"{int(far.sum())} of {b.numel()} values differ by up to {float((a - b).abs()[far].max()):.2g}"
-    return ""
+    return excess(mine, wanted, max(_TOLERANCE.get(dtype, 1e-1) for dtype in (wanted.dtype, coarsest)))
 
 
 def _coarsest(traced: ExportedModule) -> torch.dtype:
@@ -163,94 +116,16 @@ def _coarsest(traced: ExportedModule) -> torch.dtype:
     return max(dtypes, key=lambda dtype: _TOLERANCE[dtype], default=torch.float32)
 
 
-class _Recorder(torch.fx.Interpreter):
-    """Runs an exported program on its example, on copies of all that it writes to."""
-
-    def __init__(self, traced: ExportedModule) -> None:
-        super().__init__(traced.program.graph_module, garbage_collect_values=True)
-        self.traced = traced
-        self.wanted: set[str] = set()
-        self.values: dict[str, Any] = {}
-
-    def run_example(self) -> list[torch.Tensor]:
-        """The results for the user's own example."""
-        program, signature = self.traced.program, self.traced.program.graph_signature
-        users = iter(self.traced.arguments.tensors)
-        args: list[Any] = []
-        for node in program.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            if node.name in signature.inputs_to_parameters:
-                args.append(program.state_dict[signature.inputs_to_parameters[node.name]].detach())
-            elif node.name in signature.inputs_to_buffers:
-                name = signature.inputs_to_buffers[node.name]
-                held = program.state_dict if name in program.state_dict else program.constants
-                args.append(held[name].detach().clone())
-            elif node.name in signature.inputs_to_lifted_tensor_constants:
-                args.append(program.constants[signature.inputs_to_lifted_tensor_constants[node.name]].detach().clone())
-            else:
-                args.append(next(users).detach().clone())
-        with torch.no_grad(), _full_float32():
-            results = self.run(*args)
-        count = len(signature.user_outputs)
-        return list(results)[len(results) - count :]
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        if n.op == "call_function" and "_assert" in str(n.target):
-            return None
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor) and value.is_conj():
-            value = value.resolve_conj()  # the trace knows nothing of such views
-        if n.name in self.wanted:
-            self.values[n.name] = [t.detach().cpu().clone() for t in _tensors(value)]
-        return value
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """Without TF32, which torch uses for convolutions unless told: its error is taken for a wrong translation else."""
-    cudnn = torch.backends.cudnn
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        # The context manager works where setting the flag is forbidden (torch.backends.disable_global_flags).
-        with cudnn.flags(
-            enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-        ):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [torch.view_as_real(value.resolve_conj()) if value.is_complex() else value]
-    if isinstance(value, (tuple, list)):
-        return [tensor for part in value for tensor in _tensors(part)]
-    return []
-
-
 def _build(plan: Plan, extra: Mapping[str, Sequence[str]] | None = None) -> Program:
     """The plan with ONNX Runtime engines; ``extra`` names inner tensors that segments hand out too."""
     if extra:
-        steps = [_with_outputs(s, extra.get(s.name, ())) if isinstance(s, Segment) else s for s in plan.steps]
+        steps = [with_outputs(s, extra.get(s.name, ())) if isinstance(s, Segment) else s for s in plan.steps]
         plan = dataclasses.replace(plan, steps=tuple(steps))
     return build_plan(plan, get_backend("onnxruntime"), BuildOptions())
 
 
-def _with_outputs(segment: Segment, names: Sequence[str]) -> Segment:
-    proto = onnx.ModelProto()
-    proto.CopyFrom(segment.proto)
-    types = {value.name: value for value in proto.graph.value_info}
-    known = {spec.name for spec in segment.outputs}
-    added = [types[name] for name in names if name in types and name not in known]
-    proto.graph.output.extend(added)
-    specs = tuple(map(spec_of, added))
-    return dataclasses.replace(segment, proto=proto, outputs=(*segment.outputs, *specs))
-
-
 def _first_wrong_call(
-    recorder: _Recorder, model: OnnxModel, plan: Plan, inputs: Sequence[torch.Tensor]
+    recorder: Recorder, model: OnnxModel, plan: Plan, inputs: Sequence[torch.Tensor]
 ) -> dict[str, str]:
     """Compare every call's results with the graph's, in order; the first that differs is the wrong one.
 
@@ -269,7 +144,7 @@ def _first_wrong_call(
         outside.setdefault(made[name], []).append(name)
     outside.pop("", None)
     recorder.wanted = set(outside)
-    with torch.random.fork_rng(devices=_cuda_devices(recorder.traced)):
+    with torch.random.fork_rng(devices=cuda_devices(recorder.traced)):
         torch.manual_seed(0)
         recorder.run_example()
     interesting = {name for names in outside.values() for name in names}
@@ -294,7 +169,7 @@ def _first_wrong_call(
         if call not in recorder.values or call not in outside:
             errors[call] = before  # not seen, so at least this
             continue
-        index_op = targets[call].split(".")[1] in _INDEX_OPS if "." in targets[call] else False
+        index_op = targets[call].split(".")[1] in INDEX_OPS if "." in targets[call] else False
         wanted = [t for t in recorder.values[call] if t.is_floating_point() or not index_op]
         mine = [seen[name] for name in outside[call] if name in seen]
         pairs = [(a, b) for a in mine for b in wanted if a.shape == b.shape and a.dtype == b.dtype]
@@ -337,8 +212,3 @@ def _blame_words(words: str, model: OnnxModel) -> dict[str, str]:
         if call and node.name and f"'{node.name}'" in words:
             found[call] = f"its ONNX translation fails in ONNX Runtime: {words.strip().splitlines()[0][:300]}"
     return found
-
-
-def _cuda_devices(traced: ExportedModule) -> list[int]:
-    tensors = [*traced.arguments.tensors, *traced.program.state_dict.values()]
-    return sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})

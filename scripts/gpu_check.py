@@ -276,6 +276,7 @@ _TITLES = {
     "precision": "Precision: float32 models converted to others, beside PyTorch in float32",
     "digits": "Precision: a classifier of digits",
     "auto": 'Precision: the error that precision="auto" emulated, and that of the engine',
+    "localize": "Layer by layer",
 }
 _NOTES = {
     "models": (
@@ -288,6 +289,11 @@ _NOTES = {
     "builds": (
         "Several models were converted at once, so these seconds are longer than those of one alone. *First calls* are "
         "those with each batch size in the table above, while TensorRT-RTX compiles kernels."
+    ),
+    "localize": (
+        "`tb.localize` on the whole conversion: relative errors (L2 norm) beside PyTorch of the layers marked as "
+        "outputs of the engine, of each layer of the graphs alone, and of the results. *mixed* is `precision='fp16'`. "
+        "Seconds are those of the whole search, with the conversion and three engines at most."
     ),
 }
 
