@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import BackendError, OptionError
 from .cli_display import Stages, reporting
 from .cli_options import (
+    AttentionOption,
     BackendOption,
     CacheOption,
     CapabilityOption,
@@ -115,6 +116,7 @@ def convert(
     max_data_size: DataSizeOption = None,
     precision: PrecisionOption = None,
     keep_fp32: KeepOption = None,
+    attention: AttentionOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
     verbose: VerboseOption = False,
@@ -128,7 +130,7 @@ def convert(
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
-        options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs)
+        options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs, attention)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import convert as convert_model
@@ -162,6 +164,7 @@ def explain(
     max_data_size: DataSizeOption = None,
     precision: PrecisionOption = None,
     keep_fp32: KeepOption = None,
+    attention: AttentionOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
     verbose: VerboseOption = False,
@@ -173,7 +176,7 @@ def explain(
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
-        options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs)
+        options |= precision_options(precision, keep_fp32) | pass_options(check_passes, dump_graphs, attention)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import explain as explain_model
@@ -278,6 +281,7 @@ def doctor(
 
 
 def _summarize(module: EngineModule, path: Path) -> None:
+    from .attention import AttentionReport
     from .cli_run import why_not_here
     from .precision import PrecisionReport
 
@@ -287,6 +291,8 @@ def _summarize(module: EngineModule, path: Path) -> None:
     _print(module.inspect())
     if info.get("precision"):
         _print(str(PrecisionReport.from_json(info["precision"])))
+    if info.get("attention"):
+        _print(str(AttentionReport.from_json(info["attention"])))
     _print(f"backend: {module.program.backend} ({info['backend_choice']})")
     _print(f"time: {sum(seconds.values()):.2f} s ({stages})")
     _print(f"wrote {path} ({size_text(path.stat().st_size)})")

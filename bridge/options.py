@@ -35,7 +35,8 @@ class Options:
         isolate: parse and build in a child process, so that a crash of the backend ends as an error.
         timeout_s: most seconds that building one engine may take.
         device: where the module will run; default the module's own device, or what the backend runs on.
-        cache_dir: folder for compiled kernels; default ``$TRTBRIDGE_CACHE_DIR``, else the user's cache folder.
+        cache_dir: folder for compiled kernels and times of attention; default ``$TRTBRIDGE_CACHE_DIR``, else the user's
+            cache folder.
         progress: called with (stage, fraction) while converting.
         plugin_host: "engine" keeps plugins inside engines and raises where one cannot be, "segments" runs all of them
             between engines, "auto" keeps inside what can be.
@@ -45,6 +46,10 @@ class Options:
         precision: "fp16" or "bf16" makes a mixed model of a float32 one: products work in 16 bits; normalizations,
             softmax, exponentials, large sums and, for fp16, what the example shows to leave its range stay in float32.
             Inputs and outputs keep their dtypes. None leaves all as it is.
+        attention: "fused" makes one Attention node of every attention that the backend takes as one, however it is
+            written; "decomposed" leaves and makes none; "auto" takes the faster form for each block: on a GPU both are
+            built alone and timed once, and ``cache_dir`` keeps the figures; without one it is the node in 16 bits
+            wherever the backend takes it. Models are raised to opset 23 for the node. None leaves attention as written.
         keep_fp32: what stays in float32 besides: op types ("Softmax"), module paths with all below
             ("encoder.layers.3"), patterns of these ("*.norm?"), node names, or functions of a `precision.NodeView`
             (op_type, name, module, file, line) that say True; one or several.
@@ -76,6 +81,7 @@ class Options:
     check_export: bool = True
     precision: str | None = None
     keep_fp32: Any = ()
+    attention: str | None = "auto"
     check_passes: bool = False
     dump_graphs: str | os.PathLike[str] | None = None
     max_data_size: int | None = None
@@ -142,6 +148,8 @@ class Options:
             'a dict such as {"boxes": {0: tb.Dim("found", max=300)}}',
         )
         need(self.precision in (None, "fp16", "bf16"), "precision", 'None, "fp16" or "bf16"')
+        forms = (None, "auto", "fused", "decomposed")
+        need(self.attention in forms, "attention", 'None, "auto", "fused" or "decomposed"')
         keep = [self.keep_fp32] if isinstance(self.keep_fp32, str) or callable(self.keep_fp32) else self.keep_fp32
         need(
             isinstance(keep, (tuple, list, set, frozenset)) and all(isinstance(k, str) or callable(k) for k in keep),

@@ -17,8 +17,10 @@ import onnx
 from ..errors import BuildError, PassError, PluginError, TrtBridgeError, UnsupportedOpError
 from ..nodes import wrong_in_onnxruntime
 from ..passes.graft_nodes import graft
+from ..passes.opset import opset_of
 from ..passes.pipeline import PassReport
 from ..plugins.host_spec import HOST_OP_TYPE
+from .attention import Attention, AttentionReport
 from .backends import get_backend
 from .backends.base import Backend, BuildOptions, Refusal
 from .bounds import with_bounds
@@ -60,6 +62,7 @@ class Planner:
         rewrites: nodes that are written in other ops, because the backend refuses them as they are.
         passes: what the passes did last.
         precision: what became of the model's precision, where one was asked for.
+        attention: chooses the form of attention; None leaves it as it is.
     """
 
     source: ExportedModule | OnnxModel
@@ -73,6 +76,7 @@ class Planner:
     rewrites: Rewrites = field(default_factory=Rewrites)
     passes: Sequence[PassReport] = ()
     precision: PrecisionReport | None = None
+    attention: Attention | None = None
     _opset: int | None = None
     _exported: tuple[frozenset[str], OnnxModel] | None = None  # the last translation and what was a plugin in it
     _rewritten: OnnxModel | None = None  # the last model, its refused nodes rewritten, no node a plugin
@@ -86,6 +90,11 @@ class Planner:
     def opset(self) -> int | None:
         """The ONNX opset of the default domain in the last model."""
         return self._opset
+
+    @property
+    def attention_report(self) -> AttentionReport | None:
+        """What became of attention in the last model."""
+        return None if self.attention is None else self.attention.report
 
     def plan(self) -> Plan:
         """A plan whose export has been checked; the backend has not been asked yet."""
@@ -108,6 +117,12 @@ class Planner:
                 with self.stages.stage("precision"):
                     model, self.precision = convert_precision(model, self.source, self.options, self.full)
                     self._half = sixteen_bit_nodes(model.proto)
+            if self.attention is not None:
+                with self.stages.stage("attention"):
+                    model, unwanted = self.attention.apply(model)
+                if unwanted and self._write_out(unwanted) and rounds < _MOST_ROUNDS:
+                    continue
+                self._opset = opset_of(model.proto)
             with self.stages.stage("partition"):
                 plan = partition(model, None if self.options.plugin_host == "segments" else self.backend, self.outside)
                 if self.options.plugin_host == "engine":
@@ -121,7 +136,15 @@ class Planner:
             *(f"out {name}" for name in self.outside),
             *(f"full {name}" for name in self.full),
         )
-        return self.rewrites.state | {*self.calls, *others}
+        parts = frozenset() if self.attention is None else self.attention.state
+        return self.rewrites.state | parts | {*self.calls, *others}
+
+    def _write_out(self, unwanted: Sequence[Refusal]) -> bool:
+        """Write nodes in other ops; whether any of them can be and was not."""
+        before = self.rewrites.state
+        if self._rewritten is not None:
+            self.rewrites.add(self._rewritten, unwanted, self.backend.name)
+        return self.rewrites.state != before
 
     def settled_plan(self) -> tuple[Plan, Mapping[str, Sequence[Refusal]]]:
         """A plan that the backend's parser takes, or the last one with what it still refuses, by segment."""
@@ -174,7 +197,12 @@ class Planner:
         if not self.options.fallback:
             return False
         title = self.backend.name
-        in_half = {refusal.node for refusal in refusals} & self._half - self.full
+        if self.attention is not None:
+            others = self.attention.learn(refusals)
+            if len(others) < len(refusals):
+                return True  # what else was refused comes again
+        # An Attention node is better written in parts than kept in float32.
+        in_half = {refusal.node for refusal in refusals if refusal.op_type != "Attention"} & self._half - self.full
         if in_half:
             logger.info("%s refuses %s in 16 bits: float32 comes next", title, ", ".join(sorted(in_half)))
             self.full |= in_half
