@@ -129,6 +129,10 @@ class Attention:
         """Equal where the same blocks stay in parts."""
         return frozenset(f"parts {name}" for name in self.refused)
 
+    def is_open(self, model: OnnxModel) -> bool:
+        """Whether there is anything to look at in a model."""
+        return not self._no_question(model)
+
     def apply(self, model: OnnxModel) -> tuple[OnnxModel, list[Refusal]]:
         """The model with its attention in the form chosen.
 

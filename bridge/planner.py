@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import onnx
@@ -118,7 +119,7 @@ class Planner:
                     model, self.precision = convert_precision(model, self.source, self.options, self.full)
                     self._half = sixteen_bit_nodes(model.proto)
             if self.attention is not None:
-                with self.stages.stage("attention"):
+                with self.stages.stage("attention") if self.attention.is_open(model) else nullcontext():
                     model, unwanted = self.attention.apply(model)
                 if unwanted and self._write_out(unwanted) and rounds < _MOST_ROUNDS:
                     continue

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from .attention_operands import Operand
 from .attention_parts import LOW, Block, Mask
+from .attention_positions import Positions, is_unnamed
 from .exchange import stand_in_name
 from .patterns import View, number, same_size
 from .pipeline import Notes
@@ -46,7 +47,11 @@ class Masks:
     nodes: list[gs.Node] = field(default_factory=list)
     _made: dict[tuple[object, ...], gs.Tensor] = field(default_factory=dict)
     _causal: dict[int, tuple[gs.Tensor, bool]] = field(default_factory=dict)
+    _positions: Positions = field(init=False, repr=False)
     _idle: dict[int, tuple[gs.Tensor, bool]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._positions = Positions(self.view, self.notes)
 
     def is_causal(self, block: Block) -> bool:
         """Whether the one mask hides from each query the keys behind it, of as many keys as queries, and no others."""
@@ -54,7 +59,9 @@ class Masks:
             return False
         mask = block.masks[0]
         if id(mask.tensor) not in self._causal:
-            self._causal[id(mask.tensor)] = (mask.tensor, self._hides_later(mask))
+            sizes = list(mask.tensor.shape or [None, None])[-2:]
+            fits = all(_may_be(size, block.query.shape[-2]) for size in sizes)
+            self._causal[id(mask.tensor)] = (mask.tensor, fits and self._hides_later(mask))
         return self._causal[id(mask.tensor)][1]
 
     def hides_no_row(self, block: Block) -> bool:
@@ -98,6 +105,8 @@ class Masks:
         constant = self._constant(tensor)
         if constant is not None:
             return bool((constant == value).all())
+        if value == 1 and depth == 0 and self._positions.holds(tensor):
+            return True
         node = self.view.maker(tensor)
         if node is None or depth == _MOST_STEPS:
             return False
@@ -160,9 +169,10 @@ class Masks:
                 return None
             lower = _lower(found)
             return True if (found == lower).all() else False if (found != lower).all() else None
+        by_position = self._positions.keeps_earlier(tensor)
         node = self.view.maker(tensor)
-        if node is None:
-            return None
+        if by_position is not None or node is None:
+            return by_position
         if node.op in ("Not", "Equal"):
             inner = self._triangle(node.inputs[0])
             is_zero = node.op == "Not" or number(node.inputs[1], self.notes) == 0
@@ -312,6 +322,13 @@ class Masks:
         self.nodes.append(node)
         self._made[key] = made
         return made
+
+
+def _may_be(size: object, length: object) -> bool:
+    """Whether the side of a mask, which is no wider than the scores, is as long as these; it might be 1 else."""
+    if isinstance(size, str) and isinstance(length, str) and not is_unnamed(size):
+        return size == length
+    return size != 1
 
 
 def _lower(matrices: np.ndarray) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:

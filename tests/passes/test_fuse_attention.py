@@ -149,9 +149,31 @@ CAUSAL = {
 }
 
 
+PLACES = "a = Shape<start=2,end=3>(k) z = Squeeze(a) r = Range(nought, z, ahead) "
+PLACES += "i = Unsqueeze(r, last) j = Unsqueeze(r, first) "
+CHOSEN = f"{SCALED} d = Where(m, c, low)"
+CAUSAL |= {
+    "at most": f"{PLACES} m = LessOrEqual(j, i) {CHOSEN}",
+    "at least": f"{PLACES} m = GreaterOrEqual(i, j) {CHOSEN}",
+    "not more": f"{PLACES} e = Greater(j, i) m = Not(e) {CHOSEN}",
+    "less than the next": f"{PLACES} e = Add(i, ahead) m = Less(j, e) {CHOSEN}",
+    "distance": f"{PLACES} e = Sub(j, i) m = LessOrEqual(e, nought) {CHOSEN}",
+    "more, hidden": f"{PLACES} m = Greater(j, i) {SCALED} d = Where(m, hidden, c)",
+    "as a sum": f"{PLACES} m = LessOrEqual(j, i) w = Where(m, zero, low) {SCALED} d = Add(c, w)",
+    "and true": f"{PLACES} e = LessOrEqual(j, i) m = And(yes, e) {CHOSEN}",
+    "looked up": f"{PLACES} q4 = Unsqueeze(i, last) p4 = Add(r, two) e = GatherND(p4, q4) f = Unsqueeze(e, last) "
+    f"g = Sub(f, two) h = Squeeze(g, last) m = LessOrEqual(j, h) {CHOSEN}",
+    "differences of one": f"{PLACES} e = Concat<axis=1>(before, j) "
+    "b = Add(a, f1) s0 = Slice(e, f0, a, f1, f1) s1 = Slice(e, f1, b, f1, f1) u = Sub(s1, s0) w = Equal(u, ahead) "
+    "x = Not(w) g = Cast<to=7>(x) h = CumSum(g, ahead) t0 = Equal(h, nought) l0 = LessOrEqual(j, i) m = And(t0, l0) "
+    f"{CHOSEN}",
+}
+
+
 def _square(tools, text, more=""):
     constants = CONSTANTS[:-1] + ", bool yes = {1}, float unit = {1}, int64 nought = {0}, int64 ahead = {1}, "
-    constants += "int64 two = {2}, int64[2] both = {0, 1}>"
+    constants += "int64 two = {2}, int64[2] both = {0, 1}, int64[1] last = {-1}, int64[1] first = {0}, "
+    constants += "int64[1] f0 = {0}, int64[1] f1 = {1}, int64 three = {3}, int64[1,1] before = {-1}>"
     text = f"{SQUARE.replace('{more}', more)} {constants} {{ {text} p = Softmax<axis=-1>(d) y = MatMul(p, v) }}"
     return tools.model(text, 23)
 
@@ -179,6 +201,12 @@ def test_a_constant_mask_of_what_comes_later_is_an_attribute(tools, kind, length
 
 
 NO_CAUSE = {
+    "one more": f"{PLACES} e = Add(i, ahead) m = LessOrEqual(j, e) {CHOSEN}",
+    "a window": f"{PLACES} e = LessOrEqual(j, i) f = Sub(i, three) g = Greater(j, f) m = And(e, g) {CHOSEN}",
+    "of the later": f"{PLACES} m = GreaterOrEqual(j, i) {CHOSEN}",
+    "twice the distance": f"{PLACES} e = Mul(i, two) m = LessOrEqual(j, e) {CHOSEN}",
+    "another start": f"{PLACES} e = Range(ahead, z, ahead) f = Slice(j, f1, a, f1, f1) h = LessOrEqual(f, e) "
+    f"s1 = Unsqueeze(r, last) m = Less(j, s1) o = Or(m, yes) x = And(o, m) y0 = Not(x) {SCALED} d = Where(y0, c, low)",
     "one off": f"{LOWER} o = Expand(yes, h) m = Trilu<upper=0>(o, ahead) {SCALED} d = Where(m, c, low)",
     "further up": f"{LOWER} o = Expand(yes, h) m = Trilu<upper=1>(o, two) {SCALED} d = Where(m, hidden, c)",
     "the other way": f"{LOWER} o = Expand(yes, h) m = Trilu<upper=0>(o, nought) e = Not(m) f = Not(e) i = Not(f) "
