@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 
-from ..passes import Pipeline, RemoveDeadNodes
+from ..passes import PassReport, Pipeline, RemoveDeadNodes
 from ..passes.fuse_attention import OPSET, FuseAttention
 from ..passes.opset import opset_of, raise_opset
 from .attention_blocks import BlockPair, Cutter
@@ -116,12 +116,14 @@ class Attention:
         judge: of single blocks.
         refused: blocks of the model that the backend refused as one node, by the node's name, with its words.
         report: on the last model.
+        passes: what the pass did to it.
     """
 
     mode: str
     judge: Judge
     refused: dict[str, str] = field(default_factory=dict)
     report: AttentionReport | None = None
+    passes: tuple[PassReport, ...] = ()
     _made: frozenset[str] = frozenset()
 
     @property
@@ -142,7 +144,7 @@ class Attention:
         Returns:
             The model, and Attention nodes that it came with and that should be in parts: these the caller rewrites.
         """
-        self._made = frozenset()
+        self._made, self.passes = frozenset(), ()
         native = {node.name: node for node in iterate_nodes(model.proto.graph) if _is_attention(node)}
         if self.mode == "decomposed":
             reason = 'attention="decomposed"'
@@ -196,6 +198,7 @@ class Attention:
             return model, {"the model": raised}
         result = Pipeline((FuseAttention(keep), RemoveDeadNodes())).run(raised, model.weights)
         done = result.report.passes[0]
+        self.passes = tuple(result.report.passes)
         missed = {refusal.node: refusal.reason for refusal in done.refusals if refusal.reason not in keep.values()}
         if not done.rewrites:
             return model, missed

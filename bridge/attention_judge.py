@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,6 +92,10 @@ class Judge:
         """The file of verdicts."""
         return None if self.folder is None else self.folder / "attention.json"
 
+    @cached_property
+    def _version(self) -> str:
+        return self.backend.status().version
+
     def judge(self, pair: BlockPair, measures: bool = True) -> Verdict:
         """The form for a block.
 
@@ -112,7 +117,7 @@ class Judge:
     def _key(self, pair: BlockPair, measures: bool) -> str:
         build = self.options
         parts = [
-            pair.key, self.backend.name, self.backend.status().version, self.place, build.tf32,
+            pair.key, self.backend.name, self._version, self.place, build.tf32,
             build.optimization_level, build.workspace_bytes, list(build.compute_capabilities),
             measures and self.clock is not None, measures,
         ]  # fmt: skip

@@ -121,6 +121,7 @@ class Planner:
             if self.attention is not None:
                 with self.stages.stage("attention") if self.attention.is_open(model) else nullcontext():
                     model, unwanted = self.attention.apply(model)
+                self.passes = (*self.passes, *self.attention.passes)
                 if unwanted and self._write_out(unwanted) and rounds < _MOST_ROUNDS:
                     continue
                 self._opset = opset_of(model.proto)

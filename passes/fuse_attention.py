@@ -37,7 +37,8 @@ class FuseAttention(Pass):
 
     * queries, keys and scores multiplied or divided by numbers anywhere; keys transposed by a Transpose, one that
       splits heads as well, or Reshapes around one; products as MatMul or Einsum; of three axes (batch times heads) too;
-    * scores that are cast to float32 for the softmax and back: a fused kernel has them in float32 anyway;
+    * scores that are cast to float32 for the softmax and back; in what type the node has them is up to the backend, whose
+      kernel sees none of the casts;
     * masks that are added (ALiBi and other biases are such), and ones that choose a low number (Where): they are added
       too, which is the same up to -3e4. A mask that hides what comes later, of as many keys as queries, becomes
       ``is_causal``;
