@@ -157,7 +157,8 @@ class Attention:
             self.report = AttentionReport(self.mode, note=note)
             return model, []
         fused, missed = self._fuse(model, self.refused)
-        self.report = AttentionReport(self.mode, missed=missed)
+        stays = [("in the whole model", Verdict(DECOMPOSED, reason)) for reason in self._kept_reasons()]
+        self.report = AttentionReport(self.mode, _groups(stays), missed)
         found = {node.name: node for node in fused.proto.graph.node if _is_attention(node)}
         if not found:
             return model, []
@@ -168,7 +169,7 @@ class Attention:
         if own:
             fused, _ = self._fuse(model, {**self.refused, **own})
         self._made = frozenset(found.keys() - native.keys() - own.keys())
-        self.report = dataclasses.replace(self.report, groups=_groups(verdicts.values()), missed=missed)
+        self.report = dataclasses.replace(self.report, groups=_groups([*verdicts.values(), *stays]))
         logger.info("%s", self.report.summary)
         logger.debug("%s", self.report)
         return (fused if self._made else model), unwanted
@@ -181,6 +182,11 @@ class Attention:
             logger.info("attention %s stays in parts: %s", name, reason)
         self.refused |= new
         return [refusal for refusal in refusals if refusal.node not in new]
+
+    def _kept_reasons(self) -> list[str]:
+        """Why blocks stayed in parts in the last run of the pass, of those that the backend had refused."""
+        told = set(self.refused.values())
+        return [refusal.reason for done in self.passes[:1] for refusal in done.refusals if refusal.reason in told]
 
     def _no_question(self, model: OnnxModel) -> str:
         """Why the choice is clear without a look at the blocks; "" where it is not."""

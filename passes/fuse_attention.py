@@ -37,8 +37,7 @@ class FuseAttention(Pass):
 
     * queries, keys and scores multiplied or divided by numbers anywhere; keys transposed by a Transpose, one that
       splits heads as well, or Reshapes around one; products as MatMul or Einsum; of three axes (batch times heads) too;
-    * scores that are cast to float32 for the softmax and back; in what type the node has them is up to the backend, whose
-      kernel sees none of the casts;
+    * scores that are cast to float32 for the softmax and back; in what type the node has them is up to the backend;
     * masks that are added (ALiBi and other biases are such), and ones that choose a low number (Where): they are added
       too, which is the same up to -3e4. A mask that hides what comes later, of as many keys as queries, becomes
       ``is_causal``;
@@ -78,11 +77,12 @@ class FuseAttention(Pass):
             if not is_standard(node, "Softmax") or view.is_dead(node):
                 continue
             block = finder.find(node)
-            reason = block if isinstance(block, str) else ""
-            if isinstance(block, Block):
+            kept = self._kept(block) if isinstance(block, Block) else ""
+            reason = block if isinstance(block, str) else kept
+            if isinstance(block, Block) and not kept:
                 reason = self._why_not(block, notes) or masks.why_not(block)
             if reason:
-                notes.refused(node, f"it may be attention, but {reason}")
+                notes.refused(node, reason if kept else f"it may be attention, but {reason}")
             if block is None or isinstance(block, str) or reason:
                 continue
             new, follow = _write(block, masks, view, notes)
@@ -97,11 +97,13 @@ class FuseAttention(Pass):
             view.close()
         return count
 
+    def _kept(self, block: Block) -> str:
+        """Why a block was asked to stay; "" where it was not."""
+        names = (block.final.name, block.final.outputs[0].name)
+        return next((self.keep[name] for name in names if name in self.keep), "")
+
     def _why_not(self, block: Block, notes: Notes) -> str:
         """Why a block stays in parts; "" where it becomes one node."""
-        for name in (block.final.name, block.final.outputs[0].name):
-            if name in self.keep:
-                return self.keep[name]
         if notes.opset < OPSET:
             return f"the op came with opset {OPSET} and the model has {notes.opset}"
         sources = [block.query, block.key, block.value]

@@ -171,11 +171,33 @@ def test_what_the_builder_refuses_stays_in_parts_node_by_node(opset, mode):
         assert "(2, 4, 6, 16)" in taken.kind
         assert "(2, 8, 6, 8)" in refused.kind
         assert "does not take the node" in refused.reason
+        assert planner.attention_report.missed == {}
     (segment,) = planner.plan().segments
     nodes = {node.op_type: node for node in segment.proto.graph.node}
     for op, marker in (("Attention", "first ="), ("Softmax", "second =")):
         line = Path(__file__).read_text().splitlines()[origin_of(nodes[op]).line - 1]
         assert marker in line or op == "Softmax", line
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("precision", [None, "fp16"])
+def test_what_the_whole_build_refuses_stays_in_parts(precision, monkeypatch):
+    """A judge that is wrong about a block: its parts are as they were written, neither plugins nor float32."""
+    pytest.importorskip("tensorrt_rtx")
+    dtype = torch.float32 if precision else torch.float16
+    args = tuple(torch.randn(2, 4, 6, 16, dtype=dtype) for _ in range(3))
+    planner = _planner(Two().eval(), args, "tensorrt_rtx", precision=precision)
+    monkeypatch.setattr(planner.attention.judge, "judge", lambda pair, measures: Verdict(FUSED, "surely"))
+    assert _ops(planner)["Attention"] == 2
+    program = planner.build()
+    assert not program.plugin_calls
+    assert _ops(planner)["Softmax"] >= 1
+    assert planner.attention.refused
+    assert not planner.full
+    report = planner.attention_report
+    assert (report.fused, report.decomposed) == (_ops(planner)["Attention"], _ops(planner)["Softmax"])
+    assert report.missed == {}
+    assert planner.opset == (20 if _ops(planner)["Attention"] == 0 else 23)
 
 
 REFUSED = {
