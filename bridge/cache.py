@@ -1,4 +1,5 @@
-"""What is kept on disk between processes: kernels that TensorRT-RTX compiles when an engine first runs.
+"""What is kept on disk between processes: kernels that TensorRT-RTX compiles when an engine first runs, and which form
+of attention was faster (`attention_judge`).
 
 The folder is ``cache_dir`` of convert() and load(), else ``$TRTBRIDGE_CACHE_DIR``, else the user's cache folder.
 """

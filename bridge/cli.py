@@ -22,6 +22,7 @@ from .cli_compare import compare as compare_command
 from .cli_display import Stages, reporting
 from .cli_localize import localize as localize_command
 from .cli_options import (
+    AttentionOption,
     BackendOption,
     CacheOption,
     CalibrationOption,
@@ -137,6 +138,7 @@ def convert(
     keep_fp32: KeepOption = None,
     tolerance: ToleranceOption = None,
     calibration: CalibrationOption = None,
+    attention: AttentionOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
     verify: VerifyOption = False,
@@ -152,7 +154,7 @@ def convert(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
         options |= precision_options(precision, keep_fp32, tolerance, calibration)
-        options |= pass_options(check_passes, dump_graphs)
+        options |= pass_options(check_passes, dump_graphs, attention)
         options |= verify_options(verify)
         with Stages(console) as stages:
             with stages.stage("load"):
@@ -189,6 +191,7 @@ def explain(
     keep_fp32: KeepOption = None,
     tolerance: ToleranceOption = None,
     calibration: CalibrationOption = None,
+    attention: AttentionOption = None,
     check_passes: CheckPassesOption = False,
     dump_graphs: DumpGraphsOption = None,
     verbose: VerboseOption = False,
@@ -201,7 +204,7 @@ def explain(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
         ) | plugin_options(plugin_host, no_fallback, max_data_size)
         options |= precision_options(precision, keep_fp32, tolerance, calibration)
-        options |= pass_options(check_passes, dump_graphs)
+        options |= pass_options(check_passes, dump_graphs, attention)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import explain as explain_model
@@ -306,6 +309,7 @@ def doctor(
 
 
 def _summarize(module: EngineModule, path: Path) -> None:
+    from .attention import AttentionReport
     from .cli_run import why_not_here
     from .precision import PrecisionReport
 
@@ -317,6 +321,8 @@ def _summarize(module: EngineModule, path: Path) -> None:
         _print(str(PrecisionReport.from_json(info["precision"])))
     if module.verification is not None:
         _print(str(module.verification))
+    if info.get("attention"):
+        _print(str(AttentionReport.from_json(info["attention"])))
     _print(f"backend: {module.program.backend} ({info['backend_choice']})")
     _print(f"time: {sum(seconds.values()):.2f} s ({stages})")
     _print(f"wrote {path} ({size_text(path.stat().st_size)})")

@@ -186,6 +186,15 @@ CalibrationOption = Annotated[
         "Repeatable. Default: the example.",
     ),
 ]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        metavar="FORM",
+        help="auto: the faster form of each attention; fused: one node wherever the backend takes it; decomposed; or "
+        "as-written. Default: as-written.",
+    ),
+]
 CheckPassesOption = Annotated[
     bool,
     typer.Option(
@@ -289,10 +298,13 @@ def verify_options(verify: bool) -> dict[str, Any]:
     return {"verify": True} if verify else {}
 
 
-def pass_options(check_passes: bool, dump_graphs: Path | None) -> dict[str, Any]:
-    """Those options about graph passes that are given."""
-    options = {"check_passes": check_passes or None, "dump_graphs": dump_graphs}
-    return {name: value for name, value in options.items() if value is not None}
+def pass_options(check_passes: bool, dump_graphs: Path | None, attention: str | None = None) -> dict[str, Any]:
+    """Those options about the graph that are given."""
+    options = {"check_passes": check_passes or None, "dump_graphs": dump_graphs, "attention": attention}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if attention == "as-written":
+        given["attention"] = None
+    return given
 
 
 def check_writable(path: Path, force: bool) -> None:

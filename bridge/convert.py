@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, OptionError
+from .attention import make_attention
 from .backends import choose_backend
 from .backends.base import Backend, Refusal
 from .cache import resolve_cache_dir
@@ -78,6 +79,7 @@ def convert(
         "backend_choice": reason,
         "stage_seconds": planner.stages.seconds,
         "passes": [{"name": r.name, "rewrites": r.rewrites, "seconds": round(r.seconds, 4)} for r in planner.passes],
+        **({"attention": report.to_json()} if (report := planner.attention_report) is not None else {}),
         "opset": planner.opset,
         "options": chosen.recorded,
         "learned": planner.learned,
@@ -103,8 +105,9 @@ def make_planner(
     dynamic_shapes: Any,
     backend: Backend,
     options: Options,
+    may_measure: bool = True,
 ) -> Planner:
-    """Trace a module, or read an .onnx file, for plans to be made of it."""
+    """Trace a module, or read an .onnx file, for plans to be made of it; `may_measure`: on a GPU, what is faster."""
     stages = Stages(progress=options.progress)
     with stages.stage("read" if isinstance(model, (str, os.PathLike)) else "trace"):
         if isinstance(model, (str, os.PathLike)):
@@ -117,7 +120,7 @@ def make_planner(
             source: ExportedModule | OnnxModel = read_onnx(model, dynamic_shapes)
         else:
             source = trace(model, args, kwargs, dynamic_shapes=dynamic_shapes, opset=options.opset or DEFAULT_OPSET)
-    return Planner(source, backend, options, stages)
+    return Planner(source, backend, options, stages, attention=make_attention(options, backend, may_measure))
 
 
 def _module_device(model: torch.nn.Module) -> torch.device:
@@ -180,7 +183,7 @@ def explain(
     chosen = Options.make(options)
     builder, _ = choose_backend(backend)
     builder.check_options(chosen.build)
-    planner = make_planner(model, args, kwargs, dynamic_shapes, builder, chosen)
+    planner = make_planner(model, args, kwargs, dynamic_shapes, builder, chosen, may_measure=False)
     plan, refusals = planner.settled_plan()
     lines = []
     for step in plan.steps:
@@ -197,6 +200,8 @@ def explain(
     passes = tuple(f"pass {r.name}: {r.rewrites} rewrites, {len(r.refusals)} near misses" for r in planner.passes)
     if planner.precision is not None:
         passes += tuple(str(planner.precision).splitlines())
+    if planner.attention_report is not None:
+        passes += (planner.attention_report.summary,)
     return Explanation(builder.name, plan.source, plan.signature, tuple(lines), refusals, passes)
 
 

@@ -236,7 +236,7 @@ class _Search:
             report = dataclasses.replace(more, stages=(*report.stages, *more.stages))
         if report.suspect is not None:
             return dataclasses.replace(report, builds=builds)
-        last = planner.models.get("precision", planner.models["passes"])
+        last = next(planner.models[s] for s in ("attention", "precision", "passes") if s in planner.models)
         return self._engine(report, module, plan, last, export, builds)
 
     def _by_pass(self, report: LocalizeReport, export: OnnxModel) -> LocalizeReport:

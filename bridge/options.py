@@ -40,7 +40,8 @@ class Options:
         isolate: parse and build in a child process, so that a crash of the backend ends as an error.
         timeout_s: most seconds that building one engine may take.
         device: where the module will run; default the module's own device, or what the backend runs on.
-        cache_dir: folder for compiled kernels; default ``$TRTBRIDGE_CACHE_DIR``, else the user's cache folder.
+        cache_dir: folder for compiled kernels and times of attention; default ``$TRTBRIDGE_CACHE_DIR``, else the user's
+            cache folder.
         progress: called with (stage, fraction) while converting.
         plugin_host: "engine" keeps plugins inside engines and raises where one cannot be, "segments" runs all of them
             between engines, "auto" keeps inside what can be.
@@ -57,6 +58,10 @@ class Options:
             sample. Default 0.01.
         calibration: what precision is measured on: an iterable of samples, each a tensor, a tuple of positional
             arguments or a dict of arguments by name. Default: the example (random numbers for an .onnx file).
+        attention: "fused" makes one Attention node of every attention that the backend takes as one, however it is
+            written; "decomposed" leaves and makes none; "auto" takes the faster form for each block: on a GPU both are
+            built alone and timed once, and ``cache_dir`` keeps the figures; without one it is the node in 16 bits
+            wherever the backend takes it. Models are raised to opset 23 for the node. None leaves attention as written.
         keep_fp32: what stays in float32 besides: op types ("Softmax"), module paths with all below
             ("encoder.layers.3"), patterns of these ("*.norm?"), node names, or functions of a `precision.NodeView`
             (op_type, name, module, file, line) that say True; one or several.
@@ -93,6 +98,7 @@ class Options:
     precision_tolerance: float | None = None
     calibration: Any = None
     keep_fp32: Any = ()
+    attention: str | None = None
     check_passes: bool = False
     dump_graphs: str | os.PathLike[str] | None = None
     verify: bool | Tolerance | Mapping[str, Tolerance] = False
@@ -181,6 +187,8 @@ class Options:
             "an iterable of samples, such as [(x,), (y,)]",
         )
         need(samples is None or self.precision is not None, "calibration", "left out unless precision is given")
+        forms = (None, "auto", "fused", "decomposed")
+        need(self.attention in forms, "attention", 'None, "auto", "fused" or "decomposed"')
         keep = [self.keep_fp32] if isinstance(self.keep_fp32, str) or callable(self.keep_fp32) else self.keep_fp32
         need(
             isinstance(keep, (tuple, list, set, frozenset)) and all(isinstance(k, str) or callable(k) for k in keep),
@@ -201,7 +209,7 @@ class Options:
         """What decides the graph, JSON-ready: those that are not as by default, passes and functions left out."""
         names = (
             *("opset", "tf32", "plugin_host", "fallback", "check_export", "max_data_size"),
-            *("precision", "precision_tolerance"),
+            *("precision", "precision_tolerance", "attention"),
         )
         found = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Options, name, None)}
         keep = [self.keep_fp32] if isinstance(self.keep_fp32, str) else self.keep_fp32

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,10 @@ import onnx
 from ..errors import BuildError, PassError, PluginError, TrtBridgeError, UnsupportedOpError
 from ..nodes import wrong_in_onnxruntime
 from ..passes.graft_nodes import graft
+from ..passes.opset import opset_of
 from ..passes.pipeline import PassReport
 from ..plugins.host_spec import HOST_OP_TYPE
+from .attention import Attention, AttentionReport
 from .backends import get_backend
 from .backends.base import Backend, BuildOptions, Refusal
 from .bounds import with_bounds
@@ -63,7 +66,8 @@ class Planner:
         rewrites: nodes that are written in other ops, because the backend refuses them as they are.
         passes: what the passes did last.
         precision: what became of the model's precision, where one was asked for.
-        models: the last model after each stage that changes it: "export", "passes", "precision".
+        models: the last model after each stage that changes it: "export", "passes", "precision", "attention".
+        attention: chooses the form of attention; None leaves it as it is.
     """
 
     source: ExportedModule | OnnxModel
@@ -78,6 +82,7 @@ class Planner:
     passes: Sequence[PassReport] = ()
     precision: PrecisionReport | None = None
     models: dict[str, OnnxModel] = field(default_factory=dict)
+    attention: Attention | None = None
     _opset: int | None = None
     _exported: tuple[frozenset[str], OnnxModel] | None = None  # the last translation and what was a plugin in it
     _rewritten: OnnxModel | None = None  # the last model, its refused nodes rewritten, no node a plugin
@@ -115,6 +120,11 @@ class Planner:
         self.refused.half |= set(learned.get("full", ()))
         self.refused.quantized |= set(learned.get("unquantized", ()))
 
+    @property
+    def attention_report(self) -> AttentionReport | None:
+        """What became of attention in the last model."""
+        return None if self.attention is None else self.attention.report
+
     def plan(self) -> Plan:
         """A plan whose export has been checked; the backend has not been asked yet."""
         rounds = 0
@@ -140,6 +150,14 @@ class Planner:
                     )
                     self._half, self._quantized = sixteen_bit_nodes(model.proto), quantized_nodes(model.proto)
                 self.models["precision"] = model
+            if self.attention is not None:
+                with self.stages.stage("attention") if self.attention.is_open(model) else nullcontext():
+                    model, unwanted = self.attention.apply(model)
+                self.passes = (*self.passes, *self.attention.passes)
+                if unwanted and self._write_out(unwanted) and rounds < _MOST_ROUNDS:
+                    continue
+                self._opset = opset_of(model.proto)
+                self.models["attention"] = model
             with self.stages.stage("partition"):
                 plan = partition(model, None if self.options.plugin_host == "segments" else self.backend, self.outside)
                 if self.options.plugin_host == "engine":
@@ -154,7 +172,15 @@ class Planner:
             *(f"full {name}" for name in self.refused.half),
             *(f"float {name}" for name in self.refused.quantized),
         )
-        return self.rewrites.state | {*self.calls, *others}
+        parts = frozenset() if self.attention is None else self.attention.state
+        return self.rewrites.state | parts | {*self.calls, *others}
+
+    def _write_out(self, unwanted: Sequence[Refusal]) -> bool:
+        """Write nodes in other ops; whether any of them can be and was not."""
+        before = self.rewrites.state
+        if self._rewritten is not None:
+            self.rewrites.add(self._rewritten, unwanted, self.backend.name)
+        return self.rewrites.state != before
 
     def settled_plan(self) -> tuple[Plan, Mapping[str, Sequence[Refusal]]]:
         """A plan that the backend's parser takes, or the last one with what it still refuses, by segment."""
@@ -207,7 +233,12 @@ class Planner:
         if not self.options.fallback:
             return False
         title = self.backend.name
-        if self._learn_precision({refusal.node for refusal in refusals}):
+        if self.attention is not None:
+            others = self.attention.learn(refusals)
+            if len(others) < len(refusals):
+                return True  # what else was refused comes again
+        # An Attention node is better written in parts than kept in float32.
+        if self._learn_precision({refusal.node for refusal in refusals if refusal.op_type != "Attention"}):
             return True
         count = len(refusals)
         if self._rewritten is not None:

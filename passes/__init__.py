@@ -4,6 +4,7 @@ from .convert_precision import ConvertPrecision
 from .default import DEFAULT
 from .fold_constants import FoldConstants
 from .fold_shapes import FoldShapes
+from .fuse_attention import FuseAttention
 from .fuse_gelu import FuseGelu
 from .fuse_group_norm import FuseGroupNorm
 from .fuse_layer_norm import FuseLayerNorm
@@ -28,6 +29,7 @@ __all__ = [
     "ConvertPrecision",
     "FoldConstants",
     "FoldShapes",
+    "FuseAttention",
     "FuseGelu",
     "FuseGroupNorm",
     "FuseLayerNorm",

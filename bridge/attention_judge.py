@@ -1,0 +1,272 @@
+"""Which form of attention a backend takes, and which it runs faster: asked once for each kind of block."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+import torch
+
+from ..errors import BuildError, TrtBridgeError, UnsupportedOpError
+from .attention_blocks import BlockPair
+from .backends.base import Backend, BuildOptions, Engine, Executable
+from .cache import write_atomically
+from .dtypes import to_torch
+
+logger = logging.getLogger(__name__)
+
+FUSED, DECOMPOSED = "fused", "decomposed"
+
+MOST_VERDICTS = 1024
+"""Verdicts kept on disk; beyond that the oldest go."""
+
+_FORMAT = 1
+_FLOATS16 = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_BATCHES, _BATCH_MS = 9, 4.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of one kind of block on one backend and GPU.
+
+    Attributes:
+        form: "fused" or "decomposed".
+        reason: why, in words.
+        fused_ms: median latency of the block alone as one node, None where it was not measured.
+        decomposed_ms: likewise in parts.
+    """
+
+    form: str
+    reason: str
+    fused_ms: float | None = None
+    decomposed_ms: float | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        return self.fused_ms is not None and self.decomposed_ms is not None
+
+
+class Clock(Protocol):
+    """Times engines that do the same."""
+
+    def __call__(self, backend: Backend, engines: Sequence[Engine]) -> list[float]:
+        """Latency of each engine in ms at the sizes that it is tuned for.
+
+        Raises:
+            TrtBridgeError: one of them cannot run.
+        """
+        ...
+
+
+@dataclass
+class Judge:
+    """Asks the builder, and the clock where there is one.
+
+    Attributes:
+        backend: what builds.
+        options: for building.
+        folder: where verdicts are kept; None keeps none.
+        clock: None where nothing can be timed.
+        place: names the GPU; part of what a verdict is kept under.
+    """
+
+    backend: Backend
+    options: BuildOptions
+    folder: Path | None = None
+    clock: Clock | None = None
+    place: str = ""
+    _known: dict[str, Verdict] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path | None:
+        """The file of verdicts."""
+        return None if self.folder is None else self.folder / "attention.json"
+
+    @cached_property
+    def _version(self) -> str:
+        return self.backend.status().version
+
+    def judge(self, pair: BlockPair, measures: bool = True) -> Verdict:
+        """The form for a block.
+
+        Args:
+            pair: the block.
+            measures: whether the faster form is asked for; else the node, wherever the backend takes it.
+        """
+        key = self._key(pair, measures)
+        if key not in self._known:
+            kept = read_verdicts(self.path).get(key)
+            if kept is not None:
+                logger.debug("attention %s: %s, from %s", pair.kind, kept, self.path)
+            verdict, lasts = (kept, False) if kept is not None else self._ask(pair, measures)
+            self._known[key] = verdict
+            if lasts:
+                keep_verdict(self.path, key, verdict)
+        return self._known[key]
+
+    def _key(self, pair: BlockPair, measures: bool) -> str:
+        build = self.options
+        parts = [
+            pair.key, self.backend.name, self._version, self.place, build.tf32,
+            build.optimization_level, build.workspace_bytes, list(build.compute_capabilities),
+            measures and self.clock is not None, measures,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _ask(self, pair: BlockPair, measures: bool) -> tuple[Verdict, bool]:
+        """A verdict, and whether it is worth keeping: not where the clock failed, which may work next time."""
+        if measures and pair.element not in _FLOATS16:
+            return Verdict(DECOMPOSED, "the kernels for the node are for 16 bits"), False
+        started = time.perf_counter()
+        try:
+            engines = [self.backend.build(pair.fused, self.options)]
+        except (BuildError, UnsupportedOpError) as error:
+            lasts = isinstance(error, UnsupportedOpError) or error.graph_at_fault
+            return Verdict(DECOMPOSED, f"{self.backend.name} does not take the node: {_words(error)}"), lasts
+        if not measures:
+            return Verdict(FUSED, "asked for, and the backend takes it"), True
+        ruled = Verdict(FUSED, "not measured: in 16 bits a node that the backend takes was the faster form so far")
+        if self.clock is None:
+            return ruled, True
+        if pair.decomposed is None:
+            return dataclasses.replace(ruled, reason=f"{ruled.reason}; its parts cannot be cut out of the model"), True
+        try:
+            engines.append(self.backend.build(pair.decomposed, self.options))
+            fused, decomposed = self.clock(self.backend, engines)
+        except (TrtBridgeError, RuntimeError) as error:
+            logger.warning("attention %s cannot be timed: %s", pair.kind, error)
+            return dataclasses.replace(ruled, reason=f"{ruled.reason}; it cannot be timed: {_words(error)}"), False
+        form = FUSED if fused <= decomposed else DECOMPOSED
+        logger.info(
+            "attention %s: %.4f ms as one node, %.4f ms in parts: %s (measured in %.1f s)",
+            pair.kind, fused, decomposed, form, time.perf_counter() - started,
+        )  # fmt: skip
+        return Verdict(form, "measured: it is the faster form", fused, decomposed), True
+
+
+def _words(error: Exception) -> str:
+    """The line of an error that says most."""
+    refusals = getattr(error, "refusals", ())
+    text = refusals[0].reason if refusals else str(error)
+    return " ".join(text.split())[:300]
+
+
+def read_verdicts(path: Path | None) -> dict[str, Verdict]:
+    """What a file of verdicts holds; nothing where there is none or it is damaged."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text())
+        if data["format"] != _FORMAT:
+            return {}
+        return {str(key): _verdict(entry) for key, entry in data["verdicts"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.info("%s is not used, and will be written anew: %s", path, error)
+        return {}
+
+
+def _verdict(entry: Mapping[str, Any]) -> Verdict:
+    verdict = Verdict(**entry)
+    times = (verdict.fused_ms, verdict.decomposed_ms)
+    if verdict.form not in (FUSED, DECOMPOSED) or not all(t is None or (isinstance(t, float) and t > 0) for t in times):
+        raise ValueError(f"{entry} is no verdict")
+    return verdict
+
+
+def keep_verdict(path: Path | None, key: str, verdict: Verdict) -> None:
+    """Add a verdict to a file, of which the oldest go where there are too many."""
+    if path is None:
+        return
+    verdicts = read_verdicts(path)
+    verdicts.pop(key, None)
+    verdicts[key] = verdict
+    kept = dict(list(verdicts.items())[-MOST_VERDICTS:])
+    text = json.dumps({"format": _FORMAT, "verdicts": {k: dataclasses.asdict(v) for k, v in kept.items()}}, indent=1)
+    try:
+        write_atomically(path, lambda file: file.write(text.encode()))
+    except OSError as error:  # a full disk must not fail a conversion
+        logger.warning("what was learnt of attention is not kept: %s", error)
+
+
+def make_judge(backend: Backend, options: BuildOptions, folder: Path | None, may_measure: bool = True) -> Judge:
+    """A judge with a clock where engines of this backend can be timed: on the GPU that they are built for."""
+    if backend.name == "onnxruntime" or not torch.cuda.is_available():
+        return Judge(backend, options, folder)
+    here = torch.cuda.get_device_capability()
+    place = f"{torch.cuda.get_device_name()} {here}"
+    timed = may_measure and (not options.compute_capabilities or here in options.compute_capabilities)
+    return Judge(backend, options, folder, cuda_clock if timed else None, place)
+
+
+def cuda_clock(backend: Backend, engines: Sequence[Engine]) -> list[float]:
+    """Median latency of each engine in ms: CUDA graph replays timed by events, the engines in turns."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    stream = torch.cuda.Stream(device)
+    values: dict[str, torch.Tensor] = {}
+    calls = []
+    with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):
+        for engine in engines:
+            executable = backend.load(engine, device)
+            calls.append(_replay(executable, [_example(spec, values, device) for spec in engine.inputs], stream))
+        counts = [max(1, min(500, round(_BATCH_MS / max(_timed(call, 5, stream), 1e-3)))) for call in calls]
+        times: list[list[float]] = [[] for _ in calls]
+        for _ in range(_BATCHES):
+            for index, call in enumerate(calls):
+                times[index].append(_timed(call, counts[index], stream))
+    return [statistics.median(each) for each in times]
+
+
+def _example(spec: Any, values: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """A tensor of ordinary numbers at the sizes that an engine is tuned for; the same for both forms."""
+    if spec.name not in values:
+        shape = [bounds[1] for bounds in spec.ranges]
+        dtype = to_torch(spec.dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        if dtype.is_floating_point:
+            values[spec.name] = torch.randn(shape, generator=generator, device=device).to(dtype)
+        else:
+            values[spec.name] = torch.ones(shape, dtype=dtype, device=device)
+    return values[spec.name]
+
+
+def _replay(executable: Executable, inputs: list[torch.Tensor], stream: torch.cuda.Stream) -> Callable[[], Any]:
+    """A call as a replay of a CUDA graph, which is how the runtime is used where speed counts."""
+    for _ in range(3):
+        executable(inputs)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            held = executable(inputs)
+    except (TrtBridgeError, RuntimeError) as error:
+        logger.debug("a block is timed without a CUDA graph: %s", error)
+        torch.cuda.synchronize()
+        return lambda: executable(inputs)
+
+    def replay() -> list[torch.Tensor]:
+        graph.replay()
+        return held
+
+    return replay
+
+
+def _timed(call: Callable[[], Any], count: int, stream: torch.cuda.Stream) -> float:
+    """Milliseconds a call, from a batch of them."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream.synchronize()
+    begin.record(stream)
+    for _ in range(count):
+        call()
+    end.record(stream)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / count
