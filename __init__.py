@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .bridge.module import EngineModule
     from .bridge.options import Options
     from .bridge.precision import PrecisionReport
+    from .bridge.runtime_options import RuntimeOptions
     from .bridge.tolerances import Tolerance
     from .passes.default import DEFAULT
     from .passes.pipeline import Pass, Pipeline
@@ -54,6 +55,7 @@ _LAZY = {
     "Pass": ".passes.pipeline",
     "Pipeline": ".passes.pipeline",
     "PrecisionReport": ".bridge.precision",
+    "RuntimeOptions": ".bridge.runtime_options",
     "Tolerance": ".bridge.tolerances",
     "compare": ".bridge.compare",
     "convert": ".bridge.convert",
@@ -87,6 +89,7 @@ __all__ = [
     "Pipeline",
     "PluginError",
     "PrecisionReport",
+    "RuntimeOptions",
     "Tolerance",
     "TrtBridgeError",
     "UnsupportedOpError",

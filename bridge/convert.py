@@ -24,6 +24,7 @@ from .options import Options
 from .plan import PluginCall
 from .planner import Planner
 from .program import Program
+from .runtime_options import RuntimeOptions
 from .stages import Stages
 
 Model = torch.nn.Module | str | os.PathLike[str]
@@ -87,7 +88,7 @@ def convert(
     }
     if planner.precision is not None:
         info["precision"] = planner.precision.to_json()
-    module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)
+    module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir, chosen.runtime)
     if chosen.verify is not False:
         from .compare_verify import verify
 
@@ -220,6 +221,7 @@ def load(
     path: str | os.PathLike[str],
     device: torch.device | str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> EngineModule:
     """Read a module that `save` wrote.
 
@@ -227,10 +229,13 @@ def load(
         path: the file.
         device: where to run; default the backend's own choice.
         cache_dir: folder for compiled kernels.
+        options: how calls run; see `RuntimeOptions`.
 
     Raises:
+        OptionError: an option is unknown or has an impossible value.
         ModelFileError: no such file, damaged, or no such program.
         BackendError: the engines cannot run here.
         PluginError: a plugin op is not registered in this process.
     """
-    return EngineModule(Program.load(path), device, cache_dir)
+    runtime = RuntimeOptions.make(options)
+    return EngineModule(Program.load(path), device, cache_dir, runtime)

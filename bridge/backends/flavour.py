@@ -188,22 +188,49 @@ def target_gpus(
 
 
 class JitCache:
-    """The kernels that TensorRT-RTX compiled for one engine, as bytes that a later process can start from."""
+    """The kernels that TensorRT-RTX compiles for one engine, as bytes that a later process can start from, and the
+    execution contexts that share them.
+
+    Args:
+        flavour: TensorRT compiles none; its contexts are made here all the same.
+        engine: what the contexts run.
+        blob: kernels of an earlier process.
+    """
 
     def __init__(self, flavour: Flavour, engine: trt.ICudaEngine, blob: bytes | None) -> None:
-        self.config: trt.IRuntimeConfig | None = None
+        self._flavour = flavour
+        self._engine = engine
+        self._config: trt.IRuntimeConfig | None = None
         if not flavour.jit:
             return
         if TYPE_CHECKING and not RTX:
             return
-        self.config = engine.create_runtime_config()
-        self._cache = self.config.create_runtime_cache()
+        self._config = engine.create_runtime_config()
+        self._cache = self._config.create_runtime_cache()
         if blob:  # a blob of another version is refused by the library itself and simply not used
             self._cache.deserialize(blob)
-        self.config.set_runtime_cache(self._cache)
+        self._config.set_runtime_cache(self._cache)
+
+    def create_context(self, user_managed: bool) -> trt.IExecutionContext | None:
+        """An execution context; None where there is no memory for it.
+
+        Args:
+            user_managed: its scratch memory is set afterwards, with ``set_device_memory``.
+        """
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = self._flavour.module()
+        strategies = trt.ExecutionContextAllocationStrategy
+        strategy = strategies.USER_MANAGED if user_managed else strategies.STATIC
+        if self._config is None:
+            return self._engine.create_execution_context(strategy)
+        # A context keeps what the config said when it was made.
+        self._config.set_execution_context_allocation_strategy(strategy)
+        return self._engine.create_execution_context(self._config)
 
     def serialize(self) -> bytes:
         """What was compiled so far; empty where there is no such cache."""
         if TYPE_CHECKING and not RTX:
             return b""
-        return b"" if self.config is None else bytes(self._cache.serialize())
+        return b"" if self._config is None else bytes(self._cache.serialize())
