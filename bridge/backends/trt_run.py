@@ -15,10 +15,12 @@ from ...errors import BackendError, ExecutionError, TrtBridgeError
 from ...plugins.tensorrt_v3 import PluginHost, plugin_host
 from ..cache import JitCacheFile
 from ..dtypes import to_torch
+from ..profiles import EngineProfiles
 from .base import Engine
 from .flavour import Flavour, JitCache, tf32_environment
 from .plugin_nodes import require_ops
 from .trt_outputs import SizedByData
+from .trt_profiles import select_profile
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -30,7 +32,14 @@ _ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 class TensorRtExecutable:
     """An engine on a device, with as many execution contexts as calls that overlap."""
 
-    def __init__(self, flavour: Flavour, engine: Engine, device: torch.device, cache_dir: Path | None) -> None:
+    def __init__(
+        self,
+        flavour: Flavour,
+        engine: Engine,
+        device: torch.device,
+        cache_dir: Path | None,
+        kernel_specialization: str | None = None,
+    ) -> None:
         if TYPE_CHECKING:
             import tensorrt as trt
         else:
@@ -40,6 +49,7 @@ class TensorRtExecutable:
         self._flavour = flavour
         self._inputs = tuple((spec.name, to_torch(spec.dtype)) for spec in engine.inputs)
         self._outputs = tuple((spec.name, to_torch(spec.dtype)) for spec in engine.outputs)
+        self._profiles = EngineProfiles.of_engine(engine.info, engine.inputs)
         self._tf32 = bool(engine.info.get("tf32"))
         plugins = engine.info.get("plugins", [])
         require_ops(plugins)
@@ -59,7 +69,8 @@ class TensorRtExecutable:
                 )
             self._engine = loaded
             self._jit_file = JitCacheFile(cache_dir, plan, f"{flavour.name}-{trt.__version__}") if flavour.jit else None
-            self._jit = JitCache(flavour, loaded, self._jit_file.read() if self._jit_file else None)
+            blob = self._jit_file.read() if self._jit_file else None
+            self._jit = JitCache(flavour, loaded, blob, kernel_specialization)
             self._contexts: queue.LifoQueue[_Context] = queue.LifoQueue()
         self._contexts.put(self._new_context())
         self._captured: dict[tuple[int, int], _Context] = {}
@@ -107,7 +118,7 @@ class TensorRtExecutable:
                 f"{self._flavour.title} could not make an execution context on {self.device}: it needs "
                 f"{self._engine.device_memory_size_v2 >> 20} MiB of device memory."
             )
-        return _Context(self._flavour, made, self._inputs, self._outputs, self.device, self._host)
+        return _Context(self._flavour, made, self._inputs, self._outputs, self.device, self._host, self._profiles)
 
 
 class _Context:
@@ -121,8 +132,10 @@ class _Context:
         outputs: Sequence[tuple[str, torch.dtype]],
         device: torch.device,
         host: PluginHost | None,
+        profiles: EngineProfiles,
     ) -> None:
         self._flavour = flavour
+        self._profiles = profiles
         self._context = context
         self._host = host
         self._inputs = inputs
@@ -192,6 +205,7 @@ class _Context:
 
     def _set_shapes(self, shapes: tuple[torch.Size, ...]) -> None:
         self._shapes = ()  # a failure half-way leaves nothing that looks valid
+        select_profile(self._context, self._profiles, shapes, torch.cuda.current_stream(self._device))
         for (name, _), shape in zip(self._inputs, shapes, strict=True):
             if not self._context.set_input_shape(name, tuple(shape)):
                 raise ExecutionError(
