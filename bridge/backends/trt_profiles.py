@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from ...errors import ExecutionError
 from ..profiles import EngineProfiles
 
 if TYPE_CHECKING:
     import tensorrt as trt
+    import torch
 
 
 def select_profile(
@@ -19,6 +18,7 @@ def select_profile(
     profiles: EngineProfiles,
     shapes: Sequence[Sequence[int]],
     stream: torch.cuda.Stream,
+    capturing: bool = False,
 ) -> bool:
     """Switch a context to the profile that takes given shapes; call it before it is given new shapes.
 
@@ -32,12 +32,13 @@ def select_profile(
         profiles: of its engine.
         shapes: of the inputs, in the order of ``profiles.names``.
         stream: the one that the next enqueue goes to.
+        capturing: whether that stream is being captured.
 
     Returns:
         Whether the profile changed: every shape that was set before is void then.
 
     Raises:
-        ExecutionError: no profile takes the shapes, TensorRT refuses the switch, or the stream is being captured.
+        ExecutionError: no profile takes the shapes, TensorRT refuses the switch, or it would be captured.
     """
     if len(profiles) == 1:
         return False
@@ -49,7 +50,7 @@ def select_profile(
         )
     if index == context.active_optimization_profile:
         return False
-    if torch.cuda.is_current_stream_capturing():
+    if capturing:
         # What TensorRT updates at the first enqueue after a switch must not become a part of the graph.
         raise ExecutionError(
             f"These inputs need profile {index} and the context has profile {context.active_optimization_profile}, "

@@ -205,7 +205,8 @@ class _Context:
 
     def _set_shapes(self, shapes: tuple[torch.Size, ...]) -> None:
         self._shapes = ()  # a failure half-way leaves nothing that looks valid
-        select_profile(self._context, self._profiles, shapes, torch.cuda.current_stream(self._device))
+        stream, capturing = torch.cuda.current_stream(self._device), torch.cuda.is_current_stream_capturing()
+        select_profile(self._context, self._profiles, shapes, stream, capturing)
         for (name, _), shape in zip(self._inputs, shapes, strict=True):
             if not self._context.set_input_shape(name, tuple(shape)):
                 raise ExecutionError(

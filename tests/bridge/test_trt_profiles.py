@@ -122,13 +122,20 @@ def test_a_context_is_switched_when_the_profile_changes_and_only_then() -> None:
 
 def test_shapes_that_no_profile_takes_are_named() -> None:
     context: Any = _Context()
-    with pytest.raises(
-        tb.ExecutionError, match=r"\[\(33, 3\)\]; it takes profile 0: x \(1, 3\); profile 1: x \(2 to 8"
-    ):
+    words = r"\[\(33, 3\)\]; it takes profile 0: x \(1, 3\); profile 1: x \(2 to 8 \(tuned for 4\), 3\)"
+    with pytest.raises(tb.ExecutionError, match=words):
         select_profile(context, _profiles(), [(33, 3)], STREAM)
     assert context.calls == []
     with pytest.raises(tb.ExecutionError, match="refused to switch to profile 1 of 3"):
         select_profile(_Context(works=False), _profiles(), [(2, 3)], STREAM)  # type: ignore[arg-type]
+
+
+def test_a_capture_is_no_time_for_a_switch() -> None:
+    context: Any = _Context()
+    assert select_profile(context, _profiles(), [(1, 3)], STREAM, capturing=True) is False
+    with pytest.raises(tb.ExecutionError, match=r"need profile 1 and the context has profile 0.*call the module once"):
+        select_profile(context, _profiles(), [(2, 3)], STREAM, capturing=True)
+    assert context.calls == []
 
 
 def test_an_engine_with_one_profile_needs_no_switch() -> None:
@@ -158,6 +165,7 @@ def test_the_runtime_config_gets_the_strategy(strategy: str | None) -> None:
     engine: Any = SimpleNamespace(create_runtime_config=lambda: config)
     JitCache(FLAVOURS["tensorrt_rtx"], engine, None, strategy)
     found = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
-    assert found == (None if strategy is None else trt.DynamicShapesKernelSpecializationStrategy[strategy.upper()])
+    known = trt.DynamicShapesKernelSpecializationStrategy.__members__
+    assert found == (None if strategy is None else known[strategy.upper()])
     with pytest.raises(tb.OptionError, match="for TensorRT-RTX"):
         JitCache(FLAVOURS["tensorrt"], engine, None, "lazy")
