@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .bridge.module import EngineModule
     from .bridge.options import Options
     from .bridge.precision import PrecisionReport
+    from .bridge.runtime_options import RuntimeOptions
     from .bridge.tolerances import Tolerance
     from .passes.default import DEFAULT
     from .passes.pipeline import Pass, Pipeline
@@ -55,6 +56,7 @@ _LAZY = {
     "Pass": ".passes.pipeline",
     "Pipeline": ".passes.pipeline",
     "PrecisionReport": ".bridge.precision",
+    "RuntimeOptions": ".bridge.runtime_options",
     "Tolerance": ".bridge.tolerances",
     "compare": ".bridge.compare",
     "convert": ".bridge.convert",
@@ -89,6 +91,7 @@ __all__ = [
     "Pipeline",
     "PluginError",
     "PrecisionReport",
+    "RuntimeOptions",
     "Tolerance",
     "TrtBridgeError",
     "UnsupportedOpError",

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import BuildError, TrtBridgeError, UnsupportedOpError
 from .attention_blocks import BlockPair
-from .backends.base import Backend, BuildOptions, Engine, Executable
+from .backends.base import Backend, BuildOptions, Context, Engine
 from .cache import write_atomically
 from .dtypes import to_torch
 
@@ -216,8 +216,8 @@ def cuda_clock(backend: Backend, engines: Sequence[Engine]) -> list[float]:
     calls = []
     with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):
         for engine in engines:
-            executable = backend.load(engine, device)
-            calls.append(_replay(executable, [_example(spec, values, device) for spec in engine.inputs], stream))
+            context = backend.load(engine, device).new_context()
+            calls.append(_replay(context, [_example(spec, values, device) for spec in engine.inputs], stream))
         counts = [max(1, min(500, round(_BATCH_MS / max(_timed(call, 5, stream), 1e-3)))) for call in calls]
         times: list[list[float]] = [[] for _ in calls]
         for _ in range(_BATCHES):
@@ -239,19 +239,19 @@ def _example(spec: Any, values: dict[str, torch.Tensor], device: torch.device) -
     return values[spec.name]
 
 
-def _replay(executable: Executable, inputs: list[torch.Tensor], stream: torch.cuda.Stream) -> Callable[[], Any]:
+def _replay(context: Context, inputs: list[torch.Tensor], stream: torch.cuda.Stream) -> Callable[[], Any]:
     """A call as a replay of a CUDA graph, which is how the runtime is used where speed counts."""
     for _ in range(3):
-        executable(inputs)
+        context(inputs)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):
-            held = executable(inputs)
+            held = context(inputs)
     except (TrtBridgeError, RuntimeError) as error:
         logger.debug("a block is timed without a CUDA graph: %s", error)
         torch.cuda.synchronize()
-        return lambda: executable(inputs)
+        return lambda: context(inputs)
 
     def replay() -> list[torch.Tensor]:
         graph.replay()

@@ -25,6 +25,7 @@ from .out_of_range import Original, check_choice
 from .plan import PluginCall
 from .planner import Planner
 from .program import Program
+from .runtime_options import RuntimeOptions
 from .stages import Stages
 
 Model = torch.nn.Module | str | os.PathLike[str]
@@ -91,7 +92,7 @@ def convert(
     }
     if planner.precision is not None:
         info["precision"] = planner.precision.to_json()
-    module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir, eager)
+    module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir, chosen.runtime, eager)
     if chosen.verify is not False:
         from .compare_verify import verify
 
@@ -237,8 +238,10 @@ def load(
     path: str | os.PathLike[str],
     device: torch.device | str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    *,
     out_of_range: str | None = None,
     eager: torch.nn.Module | None = None,
+    **options: Any,
 ) -> EngineModule:
     """Read a module that `save` wrote.
 
@@ -250,12 +253,15 @@ def load(
             "eager" where ``eager`` is given. A file holds no original, so that what was converted with "eager" is
             loaded with "error" unless it is given again.
         eager: the original, or a module that does the same, to run on such sizes; see `Options.out_of_range`.
+        options: how calls run; see `RuntimeOptions`.
 
     Raises:
-        OptionError: ``out_of_range`` and ``eager`` do not go together, or ``eager`` is no module on that device.
+        OptionError: an option is unknown or has an impossible value, ``out_of_range`` and ``eager`` do not go together,
+            or ``eager`` is no module on that device.
         ModelFileError: no such file, damaged, or no such program.
         BackendError: the engines cannot run here.
         PluginError: a plugin op is not registered in this process.
     """
+    runtime = RuntimeOptions.make(options)
     check_choice(out_of_range, eager)
-    return EngineModule(Program.load(path), device, cache_dir, eager)
+    return EngineModule(Program.load(path), device, cache_dir, runtime, eager)

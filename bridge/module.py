@@ -22,6 +22,7 @@ from .plan import PluginCall
 from .profiles import fits
 from .program import EngineStep, Program
 from .runtime import RunningProgram
+from .runtime_options import RuntimeOptions
 from .structure import child_labels, matches
 from .text import size_text
 
@@ -39,6 +40,7 @@ class EngineModule(torch.nn.Module):
         program: what it runs.
         device: where; None for the backend's own choice (the current CUDA device, or the CPU).
         cache_dir: folder for compiled kernels; None for the default one.
+        options: how calls run.
         eager: the original, which runs in place of the engines where the sizes of a call lie outside every profile;
             None raises `OutOfRangeError` there. It is neither copied, nor a submodule, nor saved.
 
@@ -52,10 +54,12 @@ class EngineModule(torch.nn.Module):
         program: Program,
         device: torch.device | str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        options: RuntimeOptions | None = None,
         eager: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.program = program
+        self.options = options or RuntimeOptions()
         self.device = pick_device(program.backend, device)
         self._cache_dir = cache_dir
         self._cache_folder: Path | None = resolve_cache_dir(cache_dir)
@@ -90,8 +94,28 @@ class EngineModule(torch.nn.Module):
             if self._original is None:
                 raise
             return self._original(args, kwargs, str(error))
+        return self._structured(running(tensors))
+
+    def bind(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+        """A call on these very tensors: fill them, call what this returns, read its results.
+
+        Where calls run as CUDA graphs (`RuntimeOptions.cuda_graphs`) it is one replay, with nothing copied; elsewhere a
+        plain call. Its results are the same tensors each time, valid until the module's next call, unless their sizes
+        depend on data. Sizes outside every profile are an error here, whatever `out_of_range` says.
+
+        Args:
+            args, kwargs: as for a call.
+
+        Raises:
+            InputError, BackendError, ExecutionError: as for a call.
+        """
+        running = self._running or self._load()
+        call = running.bind(self._checker(args, kwargs))
+        return lambda: self._structured(call())
+
+    def _structured(self, results: list[torch.Tensor]) -> Any:
+        """Flat results in the original's structure."""
         signature = self.program.signature
-        results = running(tensors)
         for index in signature.complex_outputs:
             results[index] = torch.view_as_complex(results[index].contiguous())
         return signature.output_structure.unflatten(results)
@@ -99,6 +123,10 @@ class EngineModule(torch.nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to one file; see `Program.save`."""
         self.program.save(path)
+
+    def counters(self) -> Mapping[str, int]:
+        """Calls so far, how many of them were replays of CUDA graphs, and how many contexts and graphs there are."""
+        return {} if self._running is None else self._running.counters()
 
     def inspect(self) -> str:
         """What it runs, as text: inputs, steps with sizes and layers, plugins with their Python lines, outputs."""
@@ -132,7 +160,7 @@ class EngineModule(torch.nn.Module):
     def _load(self) -> RunningProgram:
         with self._load_lock:
             if self._running is None:
-                self._running = RunningProgram(self.program, self.device, self._cache_folder)
+                self._running = RunningProgram(self.program, self.device, self._cache_folder, options=self.options)
             return self._running
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> EngineModule:
@@ -155,7 +183,7 @@ class EngineModule(torch.nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineModule:
         eager = None if self._original is None else self._original.module
-        copied = EngineModule(self.program, self.device, self._cache_dir, eager)
+        copied = EngineModule(self.program, self.device, self._cache_dir, self.options, eager)
         memo[id(self)] = copied
         return copied
 

@@ -19,6 +19,7 @@ from .backends.base import BuildOptions, Progress
 from .backends.flavour import SPECIALIZATIONS
 from .dims import Dim
 from .out_of_range import OUT_OF_RANGE
+from .runtime_options import RuntimeOptions
 from .tolerances import Tolerance
 
 PRECISIONS = ("fp16", "bf16", "auto", "auto+bf16", "int8", "int8+fp16", "fp8", "fp8+fp16")
@@ -27,8 +28,8 @@ _PRECISIONS = ", ".join(f'"{name}"' for name in PRECISIONS)
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of `convert`, beyond the model, its arguments and the backend.
+class Options(RuntimeOptions):
+    """Options of `convert`, beyond the model, its arguments and the backend; also those of `RuntimeOptions`.
 
     Attributes:
         opset: ONNX opset of the export of a module; None for 20, which every backend takes. 23 and later write
@@ -228,6 +229,13 @@ class Options:
         keep = [self.keep_fp32] if isinstance(self.keep_fp32, str) else self.keep_fp32
         kept = [] if callable(keep) else [entry for entry in keep if isinstance(entry, str)]
         return found | ({"keep_fp32": kept} if kept else {})
+
+    @property
+    def runtime(self) -> RuntimeOptions:
+        """The part that concerns calls."""
+        return RuntimeOptions(
+            **{option.name: getattr(self, option.name) for option in dataclasses.fields(RuntimeOptions)}
+        )
 
     @property
     def build(self) -> BuildOptions:

@@ -1,25 +1,23 @@
-"""Runs a program on a device: engines and plugin calls over named tensors, on one stream."""
+"""Runs a program on a device: engines and plugin calls over named tensors, on one stream or as one CUDA graph."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
-from ..errors import ExecutionError, PluginError, TrtBridgeError
-from ..plugins.registry import call_op, find_op
-from ..plugins.sizes import names_in
+from ..errors import ExecutionError
 from .backends import get_backend
-from .backends.base import Backend, Engine, Executable
-from .dims import Range
+from .backends.base import Backend, Executable
+from .cuda_graphs import Captured, Capturer, GraphCache, capture_id
 from .dtypes import to_torch
-from .plan import PluginCall
+from .lanes import Lane, LanePool
 from .program import EngineStep, Program
-
-_Environment = dict[str, torch.Tensor]
+from .runtime_options import RuntimeOptions
+from .runtime_steps import Environment, RunStep, capture_problem, engine_step, last_uses, plugin_step, require_ops
 
 
 class RunningProgram:
@@ -30,6 +28,7 @@ class RunningProgram:
         device: where.
         cache_dir: where compiled kernels are kept.
         backend: what loads the engines; None for the one that the program names.
+        options: how calls run.
 
     Raises:
         BackendError: the backend is missing, or cannot run these engines on that device.
@@ -37,42 +36,64 @@ class RunningProgram:
     """
 
     def __init__(
-        self, program: Program, device: torch.device, cache_dir: Path | None, backend: Backend | None = None
+        self,
+        program: Program,
+        device: torch.device,
+        cache_dir: Path | None,
+        backend: Backend | None = None,
+        options: RuntimeOptions | None = None,
     ) -> None:
         backend = backend or get_backend(program.backend)
-        _require_ops(program)
+        options = options or RuntimeOptions()
+        require_ops(program)
         self.device = device
         self._inputs = [spec.name for spec in program.signature.inputs]
         self._outputs = [
             (program.aliases.get(spec.name, spec.name), to_torch(spec.dtype)) for spec in program.signature.outputs
         ]
         self._constants = {name: tensor.to(device) for name, tensor in program.constants.items()}
-        self._steps: list[Callable[[_Environment], None]] = []
+        self._steps: list[RunStep] = []
+        self._executables: list[Executable | None] = []
         for step in program.steps:
             if isinstance(step, EngineStep):
-                self._steps.append(_engine_step(step.engine, backend.load(step.engine, device, cache_dir)))
+                self._steps.append(engine_step(step.engine))
+                self._executables.append(backend.load(step.engine, device, cache_dir))
             else:
-                self._steps.append(_plugin_step(step, device, program.signature.dims))
-        self._dead_after = _last_uses(program)
+                self._steps.append(plugin_step(step, device, program.signature.dims))
+                self._executables.append(None)
+        self._dead_after = last_uses(program)
+        self._share_workspace = options.share_workspace and device.type == "cuda"
+        # One set of contexts is made now, so that a lack of memory shows when the program is loaded.
+        self._lanes = LanePool(self._make_lane, options.max_contexts)
+        self._lanes.give(self._lanes.take())
+        self._captured: dict[tuple[int, int], Lane] = {}  # by stream and capture of the caller
         self._local = threading.local()
+        self._calls = 0
+        self._graphs, self.graph_refusal = self._make_graphs(program, options)
 
-    @torch.no_grad()
+    # Calls
+
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run on tensors that fit the signature; outputs are fresh.
 
         On CUDA the work is ordered with torch's current stream, and the call may return before it is done.
         """
+        self._calls += 1
         if self.device.type != "cuda":
-            return self._run(inputs)
-        with torch.cuda.device(self.device):
-            caller = torch.cuda.current_stream()
-            if caller != torch.cuda.default_stream() or torch.cuda.is_current_stream_capturing():
-                return self._run(inputs)
+            return self._run_in_lane(inputs)
+        caller = torch.cuda.current_stream(self.device)
+        with torch.cuda.device(self.device) if torch.cuda.current_device() != self.device.index else nullcontext():
+            if torch.cuda.is_current_stream_capturing():
+                return self._run_in_capture(inputs, caller)
+            if self._graphs is not None and (outputs := self._graphs.call(inputs, caller)) is not None:
+                return outputs
+            if caller != torch.cuda.default_stream():
+                return self._run_in_lane(inputs, caller)
             # TensorRT synchronizes when given the default stream, so the work goes to one of our own, with events.
             own = self._own_stream()
             own.wait_stream(caller)
             with torch.cuda.stream(own):
-                outputs = self._run(inputs)
+                outputs = self._run_in_lane(inputs, own)
             caller.wait_stream(own)
             for tensor in inputs:
                 tensor.record_stream(own)  # its memory must not be given away before our stream has read it
@@ -84,22 +105,80 @@ class RunningProgram:
     def run_all(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run, wait, and return every tensor that crosses from one step to the next, by name."""
         environment = dict(zip(self._inputs, inputs, strict=True)) | self._constants
-        stream: AbstractContextManager[object] = nullcontext()
-        if self.device.type == "cuda":
-            stream = torch.cuda.stream(self._own_stream())
-            torch.cuda.synchronize(self.device)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), stream:
-            for step in self._steps:
-                step(environment)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return environment
+        lane = self._lanes.take()
+        try:
+            if self.device.type != "cuda":
+                for step, context in zip(self._steps, lane.contexts, strict=True):
+                    step(environment, context)
+                return environment
+            with torch.cuda.device(self.device), torch.cuda.stream(self._own_stream()):
+                torch.cuda.synchronize(self.device)
+                for step, context in zip(self._steps, lane.contexts, strict=True):
+                    step(environment, context)
+                torch.cuda.synchronize(self.device)
+            return environment
+        finally:
+            self._lanes.give(lane)
 
-    def _run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        environment = dict(zip(self._inputs, inputs, strict=True))
+    def bind(self, inputs: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """A call that reads these very tensors, whatever they hold by then, and always returns the same tensors.
+
+        Where calls run as CUDA graphs it is a replay and nothing else. Its results are valid until the module's next
+        call.
+        """
+        if self._graphs is not None and (captured := self._graphs.bind(inputs)) is not None:
+            return self._bound_replay(self._graphs, captured)
+        results: list[torch.Tensor] = []
+
+        def run() -> list[torch.Tensor]:
+            fresh = self(inputs)
+            if [t.shape for t in results] != [t.shape for t in fresh]:  # the first time, or sizes depend on data
+                results[:] = fresh
+            with torch.no_grad():
+                for target, source in zip(results, fresh, strict=True):
+                    if target is not source:
+                        target.copy_(source)
+            return list(results)
+
+        return run
+
+    # Life
+
+    @contextmanager
+    def exclusive(self) -> Iterator[list[Executable | None]]:
+        """Wait until no call is under way, keep new ones from beginning, and let go of all contexts and CUDA graphs.
+
+        What happens to the engines inside is seen by the next call: they may be changed in place, or replaced in the
+        list that this yields (one entry a step, None for a plugin). Graphs that a caller captured keep their contexts.
+        """
+        with self._graphs.lock if self._graphs is not None else nullcontext(), self._lanes.all_idle():
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            if self._graphs is not None:
+                self._graphs.clear()
+            yield self._executables
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory that one call needs on the device, in bytes."""
+        sizes = [executable.workspace_bytes for executable in self._executables if executable is not None]
+        return max(sizes, default=0) if self._share_workspace else sum(sizes)
+
+    def counters(self) -> Mapping[str, int]:
+        """How many calls there were, how many of them were replays, and what there is now."""
+        graphs = self._graphs
+        found = {"calls": self._calls, "contexts": self._lanes.made, "graphs": len(graphs) if graphs is not None else 0}
+        return found | (graphs.counters if graphs is not None else {})
+
+    # Parts
+
+    @torch.no_grad()
+    def _run(self, inputs: Sequence[torch.Tensor], lane: Lane) -> list[torch.Tensor]:
+        """A plain call on torch's current stream."""
+        environment: Environment = dict(zip(self._inputs, inputs, strict=True))
         environment.update(self._constants)
-        for step, dead in zip(self._steps, self._dead_after, strict=True):
-            step(environment)
+        for step, context, dead in zip(self._steps, lane.contexts, self._dead_after, strict=True):
+            step(environment, context)
             for name in dead:
                 del environment[name]
         given = {tensor.data_ptr() for tensor in [*inputs, *self._constants.values()]}
@@ -110,101 +189,78 @@ class RunningProgram:
             results.append(tensor.clone() if tensor.numel() and tensor.data_ptr() in given else tensor)
         return results
 
+    def _run_in_lane(
+        self, inputs: Sequence[torch.Tensor], stream: torch.cuda.Stream | None = None
+    ) -> list[torch.Tensor]:
+        lane = self._lanes.take()
+        try:
+            if stream is None or lane.order is None:
+                return self._run(inputs, lane)
+            lane.order.enter(stream)
+            try:
+                return self._run(inputs, lane)
+            finally:
+                lane.order.leave(stream)
+        finally:
+            self._lanes.give(lane)
+
+    def _run_in_capture(self, inputs: Sequence[torch.Tensor], stream: torch.cuda.Stream) -> list[torch.Tensor]:
+        """Run within the capture of a CUDA graph by the caller.
+
+        A replay may come at any time, so the contexts and their scratch memory belong to that graph from now on. Calls
+        on one stream of one capture share them: the graph runs them one after the other.
+        """
+        key = (stream.cuda_stream, capture_id(stream.cuda_stream))
+        lane = self._captured.get(key)
+        if lane is None:
+            # A capture begins with a synchronization, so that nothing of before still runs in the lane.
+            lane = self._lanes.keep_idle()
+            if lane is None:
+                raise ExecutionError(
+                    "A CUDA graph capture needs an idle execution context, and none can be made during a capture: "
+                    "call the module once with inputs of these shapes, outside the capture, right before it."
+                )
+            self._captured[key] = lane
+        return self._run(inputs, lane)
+
+    def _bound_replay(self, graphs: GraphCache, captured: Captured) -> Callable[[], list[torch.Tensor]]:
+        def run() -> list[torch.Tensor]:
+            self._calls += 1
+            return list(graphs.replay_bound(captured, torch.cuda.current_stream(self.device)))
+
+        return run
+
+    def _make_lane(self) -> Lane:
+        return Lane(self._executables, self.device, self._make_workspace())
+
+    def _make_workspace(self) -> torch.Tensor | None:
+        if not self._share_workspace or not self.workspace_bytes:
+            return None
+        return torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
+
+    def _make_graphs(self, program: Program, options: RuntimeOptions) -> tuple[GraphCache | None, str]:
+        """The graphs of this program, or None and why there are none."""
+        if self.device.type != "cuda":
+            return None, f"calls on {self.device} have none"
+        if not options.cuda_graphs:
+            return None, "cuda_graphs=False"
+        problem = capture_problem(program)
+        if problem:
+            return None, problem
+        shared: list[torch.Tensor | None] = []  # made with the first graph
+
+        def make_lane() -> Lane:
+            if not shared:
+                shared.append(self._make_workspace())
+                capturer.order.memory = shared[0]
+            return Lane(self._executables, self.device, shared[0])
+
+        capturer = Capturer(self._run, make_lane, self.device)
+        measure = options.cuda_graphs == "auto"
+        return GraphCache(capturer, options.max_graphs, measure, not options.reuse_outputs), ""
+
     def _own_stream(self) -> torch.cuda.Stream:
         stream: torch.cuda.Stream | None = getattr(self._local, "stream", None)
         if stream is None:
             stream = self._local.stream = torch.cuda.Stream()
         return stream
-
-
-def _require_ops(program: Program) -> None:
-    """See that every plugin op between engines is registered; those inside say so themselves when they are loaded."""
-    missing: dict[str, PluginError] = {}
-    for call in program.plugin_calls:
-        try:
-            find_op(call.op)
-        except PluginError as error:
-            missing[call.op] = error
-    if len(missing) > 1:
-        raise PluginError(
-            f"The program needs plugin ops that are not registered in this process: {', '.join(sorted(missing))}. "
-            "Import the Python modules that register them before loading it."
-        )
-    for only in missing.values():
-        raise only
-
-
-def _engine_step(engine: Engine, executable: Executable) -> Callable[[_Environment], None]:
-    inputs = [(spec.name, to_torch(spec.dtype)) for spec in engine.inputs]
-    outputs = [spec.name for spec in engine.outputs]
-
-    def run(environment: _Environment) -> None:
-        # A binding's dtype differs from the tensor's where a pass narrowed a type that the backend lacks.
-        tensors = [environment[name].to(dtype).contiguous() for name, dtype in inputs]
-        environment.update(zip(outputs, executable(tensors), strict=True))
-
-    return run
-
-
-def _plugin_step(step: PluginCall, device: torch.device, dims: Mapping[str, Range]) -> Callable[[_Environment], None]:
-    op = find_op(step.op)
-    dtypes = [None if dtype is None else to_torch(dtype) for dtype in step.input_dtypes]
-    outputs = [
-        (index, name, to_torch(spec.dtype))
-        for index, (name, spec) in enumerate(zip(step.outputs, step.output_specs, strict=True))
-        if name and spec is not None
-    ]
-
-    # Sizes that depend on data, with their bounds: the engines behind them take no more.
-    bounded = [
-        (name, axis, bounds[2])
-        for name, spec in zip(step.outputs, step.output_specs, strict=True)
-        if name and spec is not None
-        for axis, (size, bounds) in enumerate(zip(spec.shape, spec.ranges, strict=True))
-        if isinstance(size, str) and bounds is not None and not names_in(size) <= dims.keys()
-    ]
-
-    def no_autocast() -> AbstractContextManager[object]:
-        return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-    def run(environment: _Environment) -> None:
-        tensors = [
-            environment[name] if dtype is None else environment[name].to(dtype)
-            for name, dtype in zip(step.inputs, dtypes, strict=True)
-        ]
-        try:
-            with no_autocast():
-                results = call_op(op, step.call, tensors, device)
-        except TrtBridgeError:
-            raise
-        except Exception as error:
-            shapes = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors]
-            raise ExecutionError(
-                f"The plugin op {step.op} failed on inputs {shapes}: {type(error).__name__}: {error}\n"
-                f"  called at {step.origin}"
-            ) from error
-        for index, name, dtype in outputs:
-            environment[name] = results[index].to(device, dtype)
-        for name, axis, most in bounded:
-            if environment[name].shape[axis] > most:
-                raise ExecutionError(
-                    f"{step.op} gave {environment[name].shape[axis]} elements in dimension {axis}, but what follows "
-                    f"was built for {most} at most: convert with a larger max_data_size or a wider tb.Dim.\n"
-                    f"  called at {step.origin}"
-                )
-
-    return run
-
-
-def _last_uses(program: Program) -> list[list[str]]:
-    """For each step the tensors that nothing reads after it, so that their memory is free for the next step."""
-    alive = {program.aliases.get(spec.name, spec.name) for spec in program.signature.outputs}
-    dead_after: list[list[str]] = []
-    for step in reversed(program.steps):
-        if isinstance(step, EngineStep):
-            names = {spec.name for spec in (*step.engine.inputs, *step.engine.outputs)}
-        else:
-            names = {name for name in (*step.inputs, *step.outputs) if name}
-        dead_after.append(sorted(names - alive))
-        alive |= names
-    return dead_after[::-1]

@@ -26,13 +26,18 @@ def _load() -> ModuleType:
 guide = _load()
 
 
-def test_plugins_guide(tmp_path: Path) -> None:
-    found = list(guide.blocks((ROOT / "docs" / "plugins.md").read_text()))
-    assert len(found) >= 12
+# With the least number of blocks and commands: one that is no longer found would no longer be tested.
+PAGES = {"passes": (8, 6), "plugins": (12, 9), "precision": (4, 1), "runtime": (4, 2), "wrong-results": (10, 8)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page(page: str, tmp_path: Path) -> None:
+    found = list(guide.blocks((ROOT / "docs" / f"{page}.md").read_text()))
     runner = guide.Guide(tmp_path, gpu=False)
     problems = [problem for block in found if (problem := runner.run(block))]
     assert not problems, "\n\n".join(problems)
-    assert len(runner.outputs) >= 9
+    assert len(found) >= PAGES[page][0]
+    assert len(runner.outputs) >= PAGES[page][1]
 
 
 @pytest.mark.parametrize(

@@ -138,17 +138,40 @@ class BackendStatus:
     devices: tuple[str, ...] = ()
 
 
+class Context(Protocol):
+    """An execution context: runs its engine, one call at a time.
+
+    Calling it takes contiguous tensors of the binding dtypes on the executable's device, in the order of
+    ``Engine.inputs``, and returns fresh tensors in the order of ``Engine.outputs``. It enqueues on torch's current stream,
+    which is never the default one, and may return before the work is done; on a CPU it returns when done. Calls on
+    different streams must be put in order by whoever makes them.
+    """
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...
+
+
 class Executable(Protocol):
     """An engine loaded on a device.
 
-    Calling it takes contiguous tensors of the binding dtypes on ``device``, in the order of ``Engine.inputs``, and
-    returns fresh tensors in the order of ``Engine.outputs``. It enqueues on torch's current stream and may return
-    before the work is done; on a CPU it returns when done. Safe to call from several threads.
+    Attributes:
+        device: where it runs.
+        workspace_bytes: scratch memory that a context needs on the device, in bytes; 0 where it cannot be given any.
     """
 
     device: torch.device
+    workspace_bytes: int
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...
+    def new_context(self, workspace: torch.Tensor | None = None) -> Context:
+        """A context for one call at a time.
+
+        Args:
+            workspace: (``workspace_bytes`` or more,) uint8 on ``device``, scratch memory that it may share with
+                contexts that run before or after it; None lets it have its own. It must live as long as the context.
+
+        Raises:
+            ExecutionError: there is no memory for it.
+        """
+        ...
 
 
 class Backend(Protocol):

@@ -16,7 +16,7 @@ from ...plugins.sizes import names_in
 from ..dims import evaluate_shape
 from ..dtypes import to_torch
 from ..model import TensorSpec
-from .base import BuildOptions, Engine, Executable, Segment
+from .base import BuildOptions, Context, Engine, Executable, Segment
 from .onnxruntime import OnnxRuntimeBackend
 
 _PREFIX = "empty."
@@ -56,13 +56,20 @@ class EmptySafe:
 
     def __init__(self, engine: Engine, executable: Executable) -> None:
         self.device = executable.device
+        self.workspace_bytes = executable.workspace_bytes
         self._engine = engine
         self._executable = executable
-        self._fallback: Executable | None = None
+        self._fallback: Context | None = None
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if all(tensor.numel() for tensor in inputs):
-            return self._executable(inputs)
+    def new_context(self, workspace: torch.Tensor | None = None) -> Context:
+        context = self._executable.new_context(workspace)
+
+        def run(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return context(inputs) if all(tensor.numel() for tensor in inputs) else self._run_empty(inputs)
+
+        return run
+
+    def _run_empty(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         sizes = {
             size: tensor.shape[axis]
             for spec, tensor in zip(self._engine.inputs, inputs, strict=True)
@@ -79,7 +86,7 @@ class EmptySafe:
             self._fallback = self._load_fallback(inputs)
         return [result.to(self.device) for result in self._fallback([tensor.cpu() for tensor in inputs])]
 
-    def _load_fallback(self, inputs: Sequence[torch.Tensor]) -> Executable:
+    def _load_fallback(self, inputs: Sequence[torch.Tensor]) -> Context:
         parts = {n.removeprefix(_PREFIX): p for n, p in self._engine.parts.items() if n.startswith(_PREFIX)}
         if not parts:
             shapes = [tuple(tensor.shape) for tensor in inputs]
@@ -89,4 +96,4 @@ class EmptySafe:
             )
         info = self._engine.info["empty"]
         engine = Engine("onnxruntime", parts, info, self._engine.inputs, self._engine.outputs)
-        return OnnxRuntimeBackend().load(engine, torch.device("cpu"))
+        return OnnxRuntimeBackend().load(engine, torch.device("cpu")).new_context()

@@ -208,13 +208,14 @@ def check_specialization(flavour: Flavour, strategy: str | None) -> None:
 
 
 class JitCache:
-    """How TensorRT-RTX compiles kernels for one engine, and those that it has, as bytes for a later process.
+    """The kernels that TensorRT-RTX compiles for one engine, as bytes that a later process can start from, and the
+    execution contexts that share them.
 
     Args:
-        flavour: the library; TensorRT compiles nothing.
-        engine: loaded.
-        blob: what a process before got from `serialize`.
-        kernel_specialization: one of `SPECIALIZATIONS`; None for the library's own choice.
+        flavour: TensorRT compiles none; its contexts are made here all the same.
+        engine: what the contexts run.
+        blob: kernels of an earlier process.
+        kernel_specialization: what happens at new sizes, one of `SPECIALIZATIONS`; None for the library's own choice.
 
     Raises:
         OptionError: the strategy is none of them, or the library has none.
@@ -224,7 +225,9 @@ class JitCache:
         self, flavour: Flavour, engine: trt.ICudaEngine, blob: bytes | None, kernel_specialization: str | None = None
     ) -> None:
         check_specialization(flavour, kernel_specialization)
-        self.config: trt.IRuntimeConfig | None = None
+        self._flavour = flavour
+        self._engine = engine
+        self._config: trt.IRuntimeConfig | None = None
         if not flavour.jit:
             return
         if TYPE_CHECKING and not RTX:
@@ -233,18 +236,36 @@ class JitCache:
             import tensorrt as trt
         else:
             trt = flavour.module()
-        self.config = engine.create_runtime_config()
+        self._config = engine.create_runtime_config()
         if kernel_specialization is not None:
             strategies = trt.DynamicShapesKernelSpecializationStrategy.__members__
             strategy = strategies[kernel_specialization.upper()]
-            self.config.dynamic_shapes_kernel_specialization_strategy = strategy
-        self._cache = self.config.create_runtime_cache()
+            self._config.dynamic_shapes_kernel_specialization_strategy = strategy
+        self._cache = self._config.create_runtime_cache()
         if blob:  # a blob of another version is refused by the library itself and simply not used
             self._cache.deserialize(blob)
-        self.config.set_runtime_cache(self._cache)
+        self._config.set_runtime_cache(self._cache)
+
+    def create_context(self, user_managed: bool) -> trt.IExecutionContext | None:
+        """An execution context; None where there is no memory for it.
+
+        Args:
+            user_managed: its scratch memory is set afterwards, with ``set_device_memory``.
+        """
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = self._flavour.module()
+        strategies = trt.ExecutionContextAllocationStrategy
+        strategy = strategies.USER_MANAGED if user_managed else strategies.STATIC
+        if self._config is None:
+            return self._engine.create_execution_context(strategy)
+        # A context keeps what the config said when it was made.
+        self._config.set_execution_context_allocation_strategy(strategy)
+        return self._engine.create_execution_context(self._config)
 
     def serialize(self) -> bytes:
         """What was compiled so far; empty where there is no such cache."""
         if TYPE_CHECKING and not RTX:
             return b""
-        return b"" if self.config is None else bytes(self._cache.serialize())
+        return b"" if self._config is None else bytes(self._cache.serialize())

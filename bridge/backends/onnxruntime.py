@@ -20,7 +20,7 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 from ...errors import BackendError, ExecutionError, OptionError, PluginError, UnsupportedOpError
 from ..model import TensorSpec, iterate_nodes
 from ..profiles import EngineProfiles
-from .base import BackendStatus, BuildOptions, Engine, Progress, Refusal, Segment
+from .base import BackendStatus, BuildOptions, Context, Engine, Progress, Refusal, Segment
 from .ort_refusals import find_refusals
 from .ort_session import (
     MODEL_PART,
@@ -192,7 +192,7 @@ class OnnxRuntimeBackend:
 
 
 class OnnxRuntimeExecutable:
-    """A session on a device; an `Executable`.
+    """A session on a device; an `Executable`, and as sessions take calls from several threads also its only `Context`.
 
     Args:
         session: the onnxruntime.InferenceSession.
@@ -202,6 +202,8 @@ class OnnxRuntimeExecutable:
         stream: the stream that the CUDA provider computes on; None on a CPU.
         keep_alive: memory that the session may read.
     """
+
+    workspace_bytes = 0  # ONNX Runtime takes its memory from an arena of its own
 
     def __init__(
         self,
@@ -222,6 +224,9 @@ class OnnxRuntimeExecutable:
         self._lock = threading.Lock()
         # Sessions on a CPU take and give numpy arrays without a copy, for the types that numpy has.
         self._numpy = stream is None and all(is_numpy_dtype(binding.type) for binding in self._inputs + self._outputs)
+
+    def new_context(self, workspace: torch.Tensor | None = None) -> Context:
+        return self
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run the engine.

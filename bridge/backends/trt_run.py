@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import queue
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,7 +13,7 @@ from ...plugins.tensorrt_v3 import PluginHost, plugin_host
 from ..cache import JitCacheFile
 from ..dtypes import to_torch
 from ..profiles import EngineProfiles
-from .base import Engine
+from .base import Context, Engine
 from .flavour import Flavour, JitCache, tf32_environment
 from .plugin_nodes import require_ops
 from .trt_outputs import SizedByData
@@ -27,10 +24,11 @@ if TYPE_CHECKING:
 
 ENGINE_PART = "engine.plan"
 _ALIGNMENT = 256  # bytes, of every address that TensorRT is given
+_MOST_SHAPES = 4096  # combinations of input shapes whose output shapes are remembered
 
 
 class TensorRtExecutable:
-    """An engine on a device, with as many execution contexts as calls that overlap."""
+    """An engine on a device; an `Executable`."""
 
     def __init__(
         self,
@@ -71,54 +69,34 @@ class TensorRtExecutable:
             self._jit_file = JitCacheFile(cache_dir, plan, f"{flavour.name}-{trt.__version__}") if flavour.jit else None
             blob = self._jit_file.read() if self._jit_file else None
             self._jit = JitCache(flavour, loaded, blob, kernel_specialization)
-            self._contexts: queue.LifoQueue[_Context] = queue.LifoQueue()
-        self._contexts.put(self._new_context())
-        self._captured: dict[tuple[int, int], _Context] = {}
+        self.workspace_bytes = int(loaded.device_memory_size_v2)  # of the profile that needs most
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if torch.cuda.is_current_stream_capturing():
-            return self._capture(inputs)
-        try:
-            context = self._contexts.get_nowait()
-        except queue.Empty:
-            context = self._new_context()
-        try:
-            return context.run(inputs)
-        finally:
-            self._contexts.put(context)
-            if self._jit_file is not None:
-                self._jit_file.update(tuple(tensor.shape for tensor in inputs), self._jit.serialize)
-
-    def _capture(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run within the capture of a CUDA graph by the caller.
-
-        A replay may come at any time, so the context and its scratch memory belong to that graph from now on. Calls on
-        one stream of one capture share it: the graph runs them one after the other.
-        """
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        key = (stream, capture_id(stream))
-        context = self._captured.get(key)
-        if context is None:
-            try:
-                context = self._contexts.get_nowait()
-            except queue.Empty:
-                raise ExecutionError(
-                    "A CUDA graph capture needs an idle execution context, and none can be made during a capture: "
-                    "call the module once with inputs of these shapes, outside the capture, right before it."
-                ) from None
-            self._captured[key] = context
-        return context.run(inputs, capturing=True)
-
-    def _new_context(self) -> _Context:
+    def new_context(self, workspace: torch.Tensor | None = None) -> Context:
         with torch.cuda.device(self.device), tf32_environment(self._flavour, self._tf32):
-            config = self._jit.config
-            made = self._engine.create_execution_context(config) if config else self._engine.create_execution_context()
+            made = self._jit.create_context(user_managed=workspace is not None)
         if made is None:
             raise ExecutionError(
                 f"{self._flavour.title} could not make an execution context on {self.device}: it needs "
-                f"{self._engine.device_memory_size_v2 >> 20} MiB of device memory."
+                f"{self.workspace_bytes >> 20} MiB of device memory."
             )
-        return _Context(self._flavour, made, self._inputs, self._outputs, self.device, self._host, self._profiles)
+        if workspace is not None:
+            made.set_device_memory(workspace.data_ptr(), workspace.numel())
+        return _Context(
+            self._flavour,
+            made,
+            self._inputs,
+            self._outputs,
+            self.device,
+            self._host,
+            self._keep_kernels,
+            workspace,
+            self._profiles,
+        )
+
+    def _keep_kernels(self, shapes: tuple[torch.Size, ...]) -> None:
+        """Write down what was compiled for a call."""
+        if self._jit_file is not None:
+            self._jit_file.update(shapes, self._jit.serialize)
 
 
 class _Context:
@@ -132,6 +110,8 @@ class _Context:
         outputs: Sequence[tuple[str, torch.dtype]],
         device: torch.device,
         host: PluginHost | None,
+        ran: Callable[[tuple[torch.Size, ...]], None],
+        workspace: torch.Tensor | None,
         profiles: EngineProfiles,
     ) -> None:
         self._flavour = flavour
@@ -140,18 +120,17 @@ class _Context:
         self._host = host
         self._inputs = inputs
         self._outputs = outputs
+        self._names = [name for name, _ in (*inputs, *outputs)]
         self._device = device
-        self._done = torch.cuda.Event()
-        self._stream: torch.cuda.Stream | None = None
+        self._ran = ran
+        self._workspace = workspace  # TensorRT holds its address alone
         self._shapes: tuple[torch.Size, ...] = ()
         self._output_shapes: list[tuple[int, ...] | None] = []  # None where the size depends on data
+        self._known: dict[tuple[torch.Size, ...], list[tuple[int, ...] | None]] = {}
+        self._addresses = [0] * len(self._names)  # as TensorRT has them
         self._sized: SizedByData | None = None
 
-    def run(self, inputs: Sequence[torch.Tensor], capturing: bool = False) -> list[torch.Tensor]:
-        stream = torch.cuda.current_stream(self._device)
-        # A capture begins with a synchronization, and may not wait for events from outside.
-        if self._stream is not None and self._stream != stream and not capturing:
-            stream.wait_event(self._done)  # the scratch memory of the last run may still be in use on its stream
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         tensors = [t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in inputs]
         shapes = tuple(tensor.shape for tensor in tensors)
         if shapes != self._shapes:
@@ -160,17 +139,17 @@ class _Context:
             None if shape is None else torch.empty(shape, dtype=dtype, device=self._device)
             for shape, (_, dtype) in zip(self._output_shapes, self._outputs, strict=True)
         ]
+        capturing = torch.cuda.is_current_stream_capturing()
         if self._sized is not None:
             self._check_sized(capturing)
-        for tensor, (name, _) in zip([*tensors, *outputs], [*self._inputs, *self._outputs], strict=True):
-            if tensor is not None:
-                self._context.set_tensor_address(name, tensor.data_ptr())
-        done = self._context.execute_async_v3(stream.cuda_stream)
-        if not capturing:
-            self._done.record(stream)
-            self._stream = stream
-        if not done:
+        for index, tensor in enumerate((*tensors, *outputs)):
+            if tensor is not None and (address := tensor.data_ptr()) != self._addresses[index]:
+                self._context.set_tensor_address(self._names[index], address)
+                self._addresses[index] = address
+        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             self._fail(shapes)
+        if not capturing:
+            self._ran(shapes)
         return [
             self._take(name) if tensor is None else tensor
             for tensor, (name, _) in zip(outputs, self._outputs, strict=True)
@@ -178,6 +157,7 @@ class _Context:
 
     def _fail(self, shapes: tuple[torch.Size, ...]) -> NoReturn:
         self._shapes = ()
+        self._addresses = [0] * len(self._names)
         _raise_failure(self._host)
         if self._sized is not None and self._sized.failure is not None:
             raise self._sized.failure
@@ -204,27 +184,35 @@ class _Context:
         return tensor
 
     def _set_shapes(self, shapes: tuple[torch.Size, ...]) -> None:
-        self._shapes = ()  # a failure half-way leaves nothing that looks valid
+        before, self._shapes = self._shapes, ()  # a failure half-way leaves nothing that looks valid
         stream, capturing = torch.cuda.current_stream(self._device), torch.cuda.is_current_stream_capturing()
-        select_profile(self._context, self._profiles, shapes, stream, capturing)
-        for (name, _), shape in zip(self._inputs, shapes, strict=True):
+        if select_profile(self._context, self._profiles, shapes, stream, capturing):
+            before, self._addresses = (), [0] * len(self._names)  # TensorRT wants all of them anew
+        for index, ((name, _), shape) in enumerate(zip(self._inputs, shapes, strict=True)):
+            if before and before[index] == shape:
+                continue
             if not self._context.set_input_shape(name, tuple(shape)):
                 raise ExecutionError(
                     f"The engine does not take shape {tuple(shape)} for {name!r}: outside its profile."
                 )
+        known = self._known.get(shapes)
+        self._output_shapes = self._infer_shapes() if known is None else known
+        if len(self._known) == _MOST_SHAPES:
+            self._known.clear()
+        self._known[shapes] = self._output_shapes
+        self._shapes = shapes
+
+    def _infer_shapes(self) -> list[tuple[int, ...] | None]:
+        """Shapes of the outputs, now that those of the inputs are set."""
         missing = self._context.infer_shapes()
         if missing:
             raise ExecutionError(f"The engine cannot infer its shapes; it lacks {list(missing)}.")
-        known = [tuple(self._context.get_tensor_shape(name)) for name, _ in self._outputs]
-        self._output_shapes = [None if any(size < 0 for size in sizes) else sizes for sizes in known]
-        sized = {
-            name: dtype
-            for (name, dtype), shape in zip(self._outputs, self._output_shapes, strict=True)
-            if shape is None
-        }
+        found = [tuple(self._context.get_tensor_shape(name)) for name, _ in self._outputs]
+        shapes = [None if any(size < 0 for size in sizes) else sizes for sizes in found]
+        sized = {name: dtype for (name, dtype), shape in zip(self._outputs, shapes, strict=True) if shape is None}
         if sized and self._sized is None:  # which ones they are does not change with the shapes
             self._sized = SizedByData(self._flavour, self._context, sized, self._device)
-        self._shapes = shapes
+        return shapes
 
 
 def _raise_failure(host: PluginHost | None) -> None:
@@ -238,19 +226,3 @@ def _raise_failure(host: PluginHost | None) -> None:
         f"A plugin inside the engine failed: {type(failure).__name__}: {failure}. Above is where; convert with "
         'plugin_host="segments" to run it outside the engine.'
     ) from failure
-
-
-def capture_id(stream: int) -> int:
-    """The number of the capture that a stream takes part in, unique in the process; 0 without one.
-
-    Args:
-        stream: CUDA stream handle.
-    """
-    # torch does not tell, so the driver is asked: CUresult cuStreamGetCaptureInfo(stream, status*, id*), as v2 with the
-    # optional outputs left out.
-    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    status, number = ctypes.c_int(), ctypes.c_uint64()
-    driver.cuStreamGetCaptureInfo_v2(
-        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
-    )
-    return number.value

@@ -418,7 +418,7 @@ def test_the_clock_times_every_engine_on_the_same_numbers(monkeypatch):
     for segment in (pair.fused, pair.decomposed):
         engine = backend.build(segment, planner.options.build)
         inputs = [attention_judge._example(spec, values, torch.device("cpu")) for spec in engine.inputs]
-        results += backend.load(engine, torch.device("cpu"))(inputs)
+        results += backend.load(engine, torch.device("cpu")).new_context()(inputs)
     assert results[0].shape[:2] == (2, 10)
     torch.testing.assert_close(results[0], results[1], rtol=2e-3, atol=2e-3)
 

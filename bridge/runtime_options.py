@@ -1,0 +1,63 @@
+"""How a program runs: options of a call, which can be chosen anew whenever a program is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import OptionError
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """Options of `convert` and `load` that concern calls.
+
+    Attributes:
+        cuda_graphs: on a GPU, replay one CUDA graph over all engines and plugins of a call: True wherever the program
+            can be captured, "auto" where a replay was also measured to be faster than plain calls, False never. A graph
+            is kept for each combination of input shapes, from the second call with it on.
+        max_graphs: most CUDA graphs that are kept, one for each combination of input shapes. Where there are more, the
+            one that was not used for longest makes room.
+        reuse_outputs: results of replays are the graph's own tensors, valid until the next call, in place of fresh
+            ones; saves one copy.
+        max_contexts: most calls that run at once; each has execution contexts and scratch memory of its own. Further
+            ones wait.
+        share_workspace: one scratch memory, of the largest engine's size, for all engines of a call and for all CUDA
+            graphs, in place of one for each.
+    """
+
+    cuda_graphs: bool | str = False
+    max_graphs: int = 16
+    reuse_outputs: bool = False
+    max_contexts: int = 8
+    share_workspace: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("reuse_outputs", "share_workspace"):
+            self._need(isinstance(getattr(self, name), bool), name, "True or False")
+        self._need(isinstance(self.cuda_graphs, bool) or self.cuda_graphs == "auto", "cuda_graphs", 'a bool or "auto"')
+        for name in ("max_graphs", "max_contexts"):
+            value = getattr(self, name)
+            self._need(isinstance(value, int) and not isinstance(value, bool) and value > 0, name, "an int above 0")
+
+    def _need(self, condition: bool, name: str, what: str) -> None:
+        if not condition:
+            raise OptionError(f"{name}={getattr(self, name)!r}: must be {what}.")
+
+    @classmethod
+    def make(cls, given: Mapping[str, Any]) -> RuntimeOptions:
+        """Options from keyword arguments.
+
+        Raises:
+            OptionError: a name is unknown or a value impossible.
+        """
+        known = [option.name for option in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise OptionError(f"There is no run-time option {name!r}.{hint} Options: {', '.join(known)}.")
+        return cls(**given)

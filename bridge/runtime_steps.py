@@ -1,0 +1,135 @@
+"""The steps of a program as functions over its tensors: engines and plugin calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from ..errors import ExecutionError, PluginError, TrtBridgeError
+from ..nodes import ONNX_NODE_OP
+from ..plugins.registry import call_op, find_op
+from ..plugins.sizes import names_in
+from .backends.base import Context, Engine
+from .dims import Range
+from .dtypes import to_torch
+from .plan import PluginCall
+from .program import EngineStep, Program
+
+Environment = dict[str, torch.Tensor]
+"""The tensors that are alive between two steps, by name."""
+
+RunStep = Callable[[Environment, Context | None], None]
+"""Runs one step: takes what it reads from the environment, in the engine's context, and puts what it makes there."""
+
+
+def require_ops(program: Program) -> None:
+    """See that every plugin op between engines is registered; those inside say so themselves when they are loaded."""
+    missing: dict[str, PluginError] = {}
+    for call in program.plugin_calls:
+        try:
+            find_op(call.op)
+        except PluginError as error:
+            missing[call.op] = error
+    if len(missing) > 1:
+        raise PluginError(
+            f"The program needs plugin ops that are not registered in this process: {', '.join(sorted(missing))}. "
+            "Import the Python modules that register them before loading it."
+        )
+    for only in missing.values():
+        raise only
+
+
+def engine_step(engine: Engine) -> RunStep:
+    inputs = [(spec.name, to_torch(spec.dtype)) for spec in engine.inputs]
+    outputs = [spec.name for spec in engine.outputs]
+
+    def run(environment: Environment, context: Context | None) -> None:
+        assert context is not None
+        # A binding's dtype differs from the tensor's where a pass narrowed a type that the backend lacks.
+        tensors = [environment[name].to(dtype).contiguous() for name, dtype in inputs]
+        environment.update(zip(outputs, context(tensors), strict=True))
+
+    return run
+
+
+def plugin_step(step: PluginCall, device: torch.device, dims: Mapping[str, Range]) -> RunStep:
+    op = find_op(step.op)
+    dtypes = [None if dtype is None else to_torch(dtype) for dtype in step.input_dtypes]
+    outputs = [
+        (index, name, to_torch(spec.dtype))
+        for index, (name, spec) in enumerate(zip(step.outputs, step.output_specs, strict=True))
+        if name and spec is not None
+    ]
+
+    # Sizes that depend on data, with their bounds: the engines behind them take no more.
+    bounded = [
+        (name, axis, bounds[2])
+        for name, spec in zip(step.outputs, step.output_specs, strict=True)
+        if name and spec is not None
+        for axis, (size, bounds) in enumerate(zip(spec.shape, spec.ranges, strict=True))
+        if isinstance(size, str) and bounds is not None and not names_in(size) <= dims.keys()
+    ]
+
+    def no_autocast() -> AbstractContextManager[object]:
+        return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+    def run(environment: Environment, context: Context | None) -> None:
+        tensors = [
+            environment[name] if dtype is None else environment[name].to(dtype)
+            for name, dtype in zip(step.inputs, dtypes, strict=True)
+        ]
+        try:
+            with no_autocast():
+                results = call_op(op, step.call, tensors, device)
+        except TrtBridgeError:
+            raise
+        except Exception as error:
+            shapes = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors]
+            raise ExecutionError(
+                f"The plugin op {step.op} failed on inputs {shapes}: {type(error).__name__}: {error}\n"
+                f"  called at {step.origin}"
+            ) from error
+        for index, name, dtype in outputs:
+            environment[name] = results[index].to(device, dtype)
+        for name, axis, most in bounded:
+            if environment[name].shape[axis] > most:
+                raise ExecutionError(
+                    f"{step.op} gave {environment[name].shape[axis]} elements in dimension {axis}, but what follows "
+                    f"was built for {most} at most: convert with a larger max_data_size or a wider tb.Dim.\n"
+                    f"  called at {step.origin}"
+                )
+
+    return run
+
+
+def last_uses(program: Program) -> list[list[str]]:
+    """For each step the tensors that nothing reads after it, so that their memory is free for the next step."""
+    alive = {program.aliases.get(spec.name, spec.name) for spec in program.signature.outputs}
+    dead_after: list[list[str]] = []
+    for step in reversed(program.steps):
+        if isinstance(step, EngineStep):
+            names = {spec.name for spec in (*step.engine.inputs, *step.engine.outputs)}
+        else:
+            names = {name for name in (*step.inputs, *step.outputs) if name}
+        dead_after.append(sorted(names - alive))
+        alive |= names
+    return dead_after[::-1]
+
+
+def capture_problem(program: Program) -> str:
+    """Why a CUDA graph cannot hold a call of a program, as far as the program alone tells; "" where nothing speaks
+    against it."""
+    dims = program.signature.dims.keys()
+    for step in program.steps:
+        if isinstance(step, EngineStep):
+            made, name = step.engine.outputs, f"engine {step.name}"
+        else:
+            made, name = tuple(spec for spec in step.output_specs if spec is not None), step.op
+        for spec in made:
+            if any(size is None or (isinstance(size, str) and not names_in(size) <= dims) for size in spec.shape):
+                return f"the size of {spec.name} depends on data, so that the host waits for it ({name})"
+        if isinstance(step, PluginCall) and step.op == ONNX_NODE_OP:
+            return f"the ONNX node from {step.origin} runs in ONNX Runtime on the CPU"
+    return ""

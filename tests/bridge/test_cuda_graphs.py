@@ -1,0 +1,256 @@
+"""Which calls become CUDA graphs and which graphs are kept: the rules, with a capturer that needs no GPU.
+
+What the capturer does with CUDA is tested in tests/gpu/test_calls.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+
+import trtbridge as tb
+from trtbridge.bridge.cuda_graphs import Captured, Capturer, GraphCache
+from trtbridge.bridge.program import Program
+from trtbridge.bridge.runtime_steps import capture_problem
+
+STREAM = cast(torch.cuda.Stream, "the caller's stream")
+
+
+class Order:
+    """Notes which streams used the memory."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def enter(self, stream: Any) -> None:
+        self.log.append("enter")
+
+    def leave(self, stream: Any) -> None:
+        self.log.append("leave")
+
+
+class FakeCapturer:
+    """Graphs that compute ``2 * x`` of their own tensors when they are replayed."""
+
+    def __init__(self) -> None:
+        self.order = Order()
+        self.captured: list[tuple[int, ...]] = []
+        self.failing: set[int] = set()  # batches that cannot be captured
+        self.faster = True
+
+    def capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True) -> Captured:
+        if inputs[0].shape[0] in self.failing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.captured.append(tuple(inputs[0].shape))
+        static = [t.detach().clone() for t in inputs] if own_inputs else list(inputs)
+        outputs = [torch.zeros_like(t) for t in static]
+
+        def replay() -> None:
+            for target, source in zip(outputs, static, strict=True):
+                target.copy_(source * 2)
+
+        return Captured(replay, static, outputs, cast(Any, None))
+
+    def is_faster(self, captured: Captured) -> bool:
+        return self.faster
+
+
+def _cache(capturer: FakeCapturer, most: int = 2, measure: bool = False, fresh_outputs: bool = True) -> GraphCache:
+    return GraphCache(cast(Capturer, capturer), most, measure, fresh_outputs)
+
+
+def _x(batch: int, value: float = 1.0) -> list[torch.Tensor]:
+    return [torch.full((batch, 3), value)]
+
+
+def _call(cache: GraphCache, batch: int, value: float = 1.0) -> bool:
+    """Call, check the numbers, and say whether it was a replay."""
+    result = cache.call(_x(batch, value), STREAM)
+    if result is not None:
+        torch.testing.assert_close(result[0], torch.full((batch, 3), 2 * value))
+    return result is not None
+
+
+def test_the_second_call_with_a_shape_is_captured() -> None:
+    capturer = FakeCapturer()
+    cache = _cache(capturer)
+    assert [_call(cache, 4, value) for value in (1.0, 2.0, 3.0)] == [False, True, True]
+    assert capturer.captured == [(4, 3)]
+    assert cache.counters == {"graph_replays": 2, "graph_captures": 1, "graph_evictions": 0}
+    assert capturer.order.log == ["enter", "leave"] * 2
+
+
+def test_results_are_fresh_or_reused() -> None:
+    for fresh in (True, False):
+        cache = _cache(FakeCapturer(), fresh_outputs=fresh)
+        cache.call(_x(4), STREAM)
+        first, second = cache.call(_x(4), STREAM), cache.call(_x(4), STREAM)
+        assert first is not None
+        assert second is not None
+        assert (first[0].data_ptr() == second[0].data_ptr()) is not fresh
+
+
+def test_inputs_that_want_gradients_leave_no_trace() -> None:
+    cache = _cache(FakeCapturer())
+    x = [torch.ones(4, 3, requires_grad=True)]
+    for _ in range(3):
+        result = cache.call(x, STREAM)
+    assert result is not None
+    assert not result[0].requires_grad
+
+
+def test_shapes_that_fit_are_never_captured_again() -> None:
+    capturer = FakeCapturer()
+    cache = _cache(capturer, most=8)
+    for _ in range(5):
+        for batch in range(1, 9):
+            _call(cache, batch)
+    assert len(capturer.captured) == 8
+    assert cache.counters["graph_evictions"] == 0
+
+
+def test_the_graph_that_was_not_used_for_longest_makes_room() -> None:
+    capturer = FakeCapturer()
+    cache = _cache(capturer, most=2)
+    for batch in (1, 1, 2, 2):
+        _call(cache, batch)
+    replays = [_call(cache, 3) for _ in range(12)]
+    assert replays.index(True) > 1, "not while both may still be in use"
+    assert all(replays[replays.index(True) :])
+    assert len(cache) == 2
+    assert _call(cache, 2), "the more recent one has stayed"
+    assert not _call(cache, 1)
+    assert cache.counters["graph_evictions"] == 1
+
+
+def test_more_shapes_than_graphs_do_not_thrash() -> None:
+    capturer = FakeCapturer()
+    cache = _cache(capturer, most=2)
+    for _ in range(50):
+        for batch in (1, 2, 3):
+            _call(cache, batch)
+    assert len(capturer.captured) == 2, "the third runs plainly"
+
+
+def test_shapes_that_come_once_are_forgotten() -> None:
+    cache = _cache(FakeCapturer(), most=2)
+    for batch in range(1, 1000):
+        _call(cache, batch)
+    assert len(cache._seen) <= 8
+    assert len(cache) == 0
+
+
+def test_empty_inputs_are_not_captured() -> None:
+    capturer = FakeCapturer()
+    cache = _cache(capturer)
+    assert [cache.call([torch.ones(0, 3)], STREAM) for _ in range(3)] == [None] * 3
+    assert not capturer.captured
+
+
+def test_a_shape_that_cannot_be_captured_runs_plainly_and_others_do_not() -> None:
+    capturer = FakeCapturer()
+    capturer.failing = {3}
+    cache = _cache(capturer)
+    assert not any(_call(cache, 3) for _ in range(4))
+    assert [_call(cache, 4) for _ in range(3)] == [False, True, True]
+    assert cache.refusal == ""
+
+
+def test_after_three_shapes_in_a_row_nothing_is_tried_any_more(caplog: pytest.LogCaptureFixture) -> None:
+    capturer = FakeCapturer()
+    capturer.failing = {1, 2, 3}
+    cache = _cache(capturer)
+    for batch in (1, 1, 2, 2, 3, 3, 4, 4):
+        assert not _call(cache, batch)
+    assert "operation not permitted when stream is capturing" in cache.refusal
+    assert "calls run without CUDA graphs" in caplog.text
+    assert cache.bind(_x(4)) is None
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_measures_once(faster: bool) -> None:
+    capturer = FakeCapturer()
+    capturer.faster = faster
+    cache = _cache(capturer, measure=True)
+    assert [_call(cache, 4) for _ in range(3)] == [False, faster, faster]
+    assert [_call(cache, 5) for _ in range(3)] == [False, faster, faster]
+    assert bool(cache.refusal) is not faster
+
+
+def test_a_bound_call_reads_the_callers_own_tensors() -> None:
+    cache = _cache(FakeCapturer())
+    x = _x(4)
+    captured = cache.bind(x)
+    assert captured is not None
+    x[0].fill_(5.0)
+    torch.testing.assert_close(cache.replay_bound(captured, STREAM)[0], torch.full((4, 3), 10.0))
+    assert len(cache) == 0, "it takes no place of the others"
+
+
+def test_clear_lets_go_of_all() -> None:
+    capturer = FakeCapturer()
+    cache = _cache(capturer)
+    for _ in range(2):
+        _call(cache, 4)
+    cache.clear()
+    assert [_call(cache, 4), _call(cache, 4)] == [False, True]
+    assert len(capturer.captured) == 2
+
+
+# What the program alone tells
+
+
+class Pick(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[x[:, 0] > 0] * 2
+
+
+def _program(module: torch.nn.Module, **options: Any) -> Program:
+    return tb.convert(module, (torch.randn(5, 3),), backend="onnxruntime", **options).program
+
+
+def test_programs_that_can_and_cannot_be_captured() -> None:
+    class Plugin(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cummax(x, 0).values + 1
+
+    assert capture_problem(_program(torch.nn.Linear(3, 3))) == ""
+    batch = tb.Dim("batch", min=1, max=8)
+    assert capture_problem(_program(Plugin(), dynamic_shapes={"x": {0: batch}})) == ""
+    assert "depends on data" in capture_problem(_program(Pick()))
+
+
+def test_on_a_cpu_the_option_is_taken_and_changes_nothing() -> None:
+    module = tb.convert(torch.nn.Linear(3, 3), (torch.ones(2, 3),), backend="onnxruntime", cuda_graphs=True)
+    for _ in range(3):
+        assert module(torch.ones(2, 3)).shape == (2, 3)
+    assert module.counters() == {"calls": 3, "contexts": 1, "graphs": 0}
+    running = module._running
+    assert running is not None
+    assert running.graph_refusal == "calls on cpu have none"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cuda_graphs": "always"}, "cuda_graphs='always': must be a bool or \"auto\""),
+        ({"max_graphs": 0}, "max_graphs=0: must be an int above 0"),
+        ({"max_contexts": True}, "max_contexts=True"),
+        ({"reuse_outputs": 1}, "reuse_outputs=1: must be True or False"),
+    ],
+)
+def test_impossible_options_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(tb.OptionError, match=words):
+        tb.convert(torch.nn.Linear(3, 3), (torch.ones(2, 3),), backend="onnxruntime", **options)
+    with pytest.raises(tb.OptionError, match=words):
+        tb.RuntimeOptions(**options)
+
+
+def test_load_takes_run_time_options(tmp_path: Any) -> None:
+    tb.save(tb.convert(torch.nn.Linear(3, 3), (torch.ones(2, 3),), backend="onnxruntime"), tmp_path / "m.trtb")
+    assert tb.load(tmp_path / "m.trtb", max_contexts=1).options.max_contexts == 1
+    with pytest.raises(tb.OptionError, match="no run-time option 'cuda_graph'. Did you mean 'cuda_graphs'"):
+        tb.load(tmp_path / "m.trtb", cuda_graph=True)

@@ -1,0 +1,347 @@
+"""Calls as CUDA graphs: replays, their bounded number, streams, threads, bound calls and what cannot be captured."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from helpers import DRY_RUN, Report
+from torch.nn import functional as F
+
+import trtbridge as tb
+
+BATCH = tb.Dim("batch", min=1, opt=4, max=64)
+SLEEP_CYCLES = 200_000_000  # some 0.1 s
+
+
+class Net(torch.nn.Module):
+    """Two engines with a plugin between them, two inputs, two results in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(16, 32)
+        self.last = torch.nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        values, indices = torch.cummax(F.gelu(self.first(x)) * scale, 1)
+        return {"scores": self.last(values), "sum": indices.sum(1)}
+
+
+def arguments(batch: int, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * seed + batch)
+    return (
+        torch.randn(batch, 16, generator=generator).to(device),
+        torch.rand(batch, 1, generator=generator).to(device),
+    )
+
+
+@pytest.fixture(scope="session")
+def eager(device: torch.device) -> Net:
+    torch.manual_seed(0)
+    return Net().eval().to(device)
+
+
+@pytest.fixture(scope="session")
+def converted(eager: Net, backend: str, device: torch.device) -> tb.EngineModule:
+    shapes = {"x": {0: BATCH}, "scale": {0: BATCH}}
+    return tb.convert(eager, arguments(4, device), dynamic_shapes=shapes, backend=backend)
+
+
+Make = Callable[..., tb.EngineModule]
+
+
+@pytest.fixture
+def make(converted: tb.EngineModule) -> Make:
+    """The converted program, running in another way."""
+
+    def again(**options: Any) -> tb.EngineModule:
+        runtime = tb.RuntimeOptions.make(options)
+        return tb.EngineModule(converted.program, converted.device, options=runtime)
+
+    return again
+
+
+def close(got: dict[str, torch.Tensor], eager: Net, given: tuple[torch.Tensor, ...]) -> None:
+    with torch.no_grad():
+        expected = eager(*given)
+    torch.testing.assert_close(got["scores"], expected["scores"], rtol=2e-3, atol=2e-3)
+    assert got["sum"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("mode", [True, "auto", False], ids=str)
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "own"])
+def test_numbers_and_fresh_results(make: Make, eager: Net, device: torch.device, mode: Any, share: bool) -> None:
+    module = make(cuda_graphs=mode, share_workspace=share)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for turn in range(6):
+        for batch in (1, 4, 33):
+            given = arguments(batch, device, turn)
+            result = module(*given)
+            close(result, eager, given)
+            kept.append((result["scores"], result["scores"].clone()))
+    for result, as_it_was in kept:
+        assert torch.equal(result, as_it_was), "a later call must not change an earlier result"
+    if mode is True and not DRY_RUN:
+        counters = module.counters()
+        assert counters["graphs"] == counters["graph_captures"] == 3
+        assert counters["graph_replays"] == 15, "all but the first call with each shape"
+
+
+def test_results_are_reused_on_request(make: Make, cuda: torch.device) -> None:
+    module = make(cuda_graphs=True, reuse_outputs=True)
+    given = arguments(4, cuda)
+    for _ in range(2):
+        module(*given)
+    addresses = {module(*arguments(4, cuda, turn))["scores"].data_ptr() for turn in range(4)}
+    assert len(addresses) == 1
+
+
+def test_graphs_are_bounded_and_captured_again(make: Make, eager: Net, cuda: torch.device) -> None:
+    module = make(cuda_graphs=True, max_graphs=2)
+    for batch in (1, 2):
+        for turn in range(3):
+            given = arguments(batch, cuda, turn)
+            close(module(*given), eager, given)
+    for turn in range(12):  # longer than two graphs times the patience: the least recently used one goes
+        given = arguments(3, cuda, turn)
+        close(module(*given), eager, given)
+    assert module.counters()["graph_evictions"] == 1
+    for turn in range(12):
+        for batch in (1, 3):
+            given = arguments(batch, cuda, turn)
+            close(module(*given), eager, given)
+    assert module.counters()["graphs"] == 2
+
+
+def test_eight_shapes_in_turn_need_no_new_capture(make: Make, eager: Net, cuda: torch.device) -> None:
+    module = make(cuda_graphs=True)
+    for turn in range(6):
+        for batch in range(1, 9):
+            given = arguments(batch, cuda, turn)
+            close(module(*given), eager, given)
+        if turn >= 1:
+            assert module.counters()["graph_captures"] == 8
+
+
+def test_random_shapes_leave_memory_flat(make: Make, cuda: torch.device, report: Report) -> None:
+    module = make(cuda_graphs=True)
+    pick = random.Random(0)
+
+    def run(calls: int) -> int:
+        for _ in range(calls):
+            module(*arguments(pick.randint(1, 64), cuda))
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    run(1000)
+    before = run(200)
+    torch.cuda.reset_peak_memory_stats()
+    after = run(2000)
+    report(
+        "random shapes",
+        calls=2000,
+        allocated_mib_before=round(before / 2**20, 2),
+        allocated_mib_after=round(after / 2**20, 2),
+        peak_mib=round(torch.cuda.max_memory_allocated() / 2**20, 2),
+        graphs=module.counters()["graphs"],
+        captures=module.counters()["graph_captures"],
+    )
+    assert after <= before + (1 << 20)
+
+
+@pytest.mark.parametrize("kind", ["default", "side"])
+def test_replays_are_ordered_with_the_callers_stream(make: Make, eager: Net, cuda: torch.device, kind: str) -> None:
+    module = make(cuda_graphs=True)
+    stream = torch.cuda.default_stream() if kind == "default" else torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        old, new = arguments(4, cuda, 1), arguments(4, cuda, 2)
+        for _ in range(2):
+            module(*old)
+        x = old[0].clone()
+        stream.synchronize()
+        torch.cuda._sleep(SLEEP_CYCLES)
+        x.copy_(new[0])
+        result = module(x, new[1])
+        after = result["scores"] * 2
+        x.zero_()
+        assert not stream.query(), "the call waited for the work before it"
+    stream.synchronize()
+    with torch.no_grad():
+        torch.testing.assert_close(after, eager(*new)["scores"] * 2, rtol=2e-3, atol=4e-3)
+
+
+def test_two_streams_do_not_collide(make: Make, eager: Net, cuda: torch.device) -> None:
+    module = make(cuda_graphs=True)
+    a, b = arguments(64, cuda, 1), arguments(64, cuda, 2)
+    for _ in range(2):
+        module(*a)
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(50):
+        results = []
+        for stream, given in zip(streams, (a, b), strict=True):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(100_000)
+                results.append(module(*given))
+        torch.cuda.synchronize()
+        close(results[0], eager, a)
+        close(results[1], eager, b)
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=str)
+@pytest.mark.parametrize("own_streams", [True, False], ids=["own streams", "one stream"])
+def test_eight_threads(make: Make, eager: Net, cuda: torch.device, mode: bool, own_streams: bool) -> None:
+    module = make(cuda_graphs=mode, max_contexts=3)
+    given = [arguments(batch, cuda, batch) for batch in range(1, 9)]
+
+    def work(thread: int) -> None:
+        stream = torch.cuda.Stream() if own_streams else torch.cuda.default_stream()
+        with torch.cuda.stream(stream):
+            for turn in range(30):
+                these = given[(thread + turn) % 8]
+                result = module(*these)
+                stream.synchronize()
+                close(result, eager, these)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert module.counters()["contexts"] <= 3
+
+
+def test_bound_call(make: Make, eager: Net, device: torch.device) -> None:
+    for mode in (True, False):
+        module = make(cuda_graphs=mode)
+        given = arguments(4, device)
+        call = module.bind(*given)
+        first = call()
+        addresses = [t.data_ptr() for t in first.values()]
+        for turn in range(3):
+            fresh = arguments(4, device, turn)
+            for target, source in zip(given, fresh, strict=True):
+                target.copy_(source)
+            result = call()
+            assert [t.data_ptr() for t in result.values()] == addresses
+            close(result, eager, fresh)
+            close(module(*fresh), eager, fresh)
+
+
+def test_a_callers_capture_goes_by_the_graphs_of_the_module(make: Make, eager: Net, cuda: torch.device) -> None:
+    module = make(cuda_graphs=True)
+    given = arguments(4, cuda)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            module(*given)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = module(*given)
+    for turn in range(3):
+        fresh = arguments(4, cuda, turn)
+        for target, source in zip(given, fresh, strict=True):
+            target.copy_(source)
+        graph.replay()
+        close(result, eager, fresh)
+        close(module(*fresh), eager, fresh)
+
+
+def test_modes_and_layouts(make: Make, eager: Net, device: torch.device) -> None:
+    module = make(cuda_graphs=True)
+    given = arguments(6, device)
+    for _ in range(3):
+        with torch.inference_mode():
+            close(module(*given), eager, given)
+        close(module(given[0].clone().requires_grad_(), given[1]), eager, given)
+        with torch.autocast(device.type, torch.bfloat16):
+            result = module(*given)
+        close(result, eager, given)
+        strided = (torch.stack([given[0]] * 2, -1)[..., 0], given[1].expand(6, 1))
+        close(module(*strided), eager, given)
+    assert not result["scores"].requires_grad
+
+
+def test_what_depends_on_data_runs_plainly(backend: str, cuda: torch.device) -> None:
+    class Pick(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[x[:, 0] > 0] * 2
+
+    x = torch.randn(9, 4, device=cuda)
+    module = tb.convert(Pick(), (x,), backend=backend, max_data_size=9, cuda_graphs=True)
+    for _ in range(3):
+        torch.testing.assert_close(module(x), x[x[:, 0] > 0] * 2)
+    assert module.counters().get("graph_captures", 0) == 0
+
+
+def test_a_call_that_fails_leaves_the_next_one_right(backend: str, cuda: torch.device) -> None:
+    @torch.library.custom_op("trtbridge_gpu_calls::moody", mutates_args=())
+    def moody(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] == 3:
+            raise ValueError("not three")
+        return x.clone()
+
+    moody.register_fake(torch.empty_like)
+
+    class Moody(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.trtbridge_gpu_calls.moody(x * 2) + 1
+
+    x = torch.ones(4, 3, device=cuda)
+    module = tb.convert(
+        Moody(), (x,), dynamic_shapes={"x": {0: BATCH}}, backend=backend, cuda_graphs=True, plugin_host="segments"
+    )
+    for _ in range(3):
+        torch.testing.assert_close(module(x), x * 2 + 1)
+        with pytest.raises(tb.ExecutionError, match="not three"):
+            module(x[:3])
+    assert module.counters()["graphs"] == 1
+
+
+def test_a_replay_is_no_slower_than_a_plain_call(make: Make, cuda: torch.device, report: Report) -> None:
+    """Numbers for the report alone."""
+    given = arguments(4, cuda)
+    for name, options in (
+        ("plain", {"cuda_graphs": False}),
+        ("graph", {"cuda_graphs": True}),
+        ("graph, results reused", {"cuda_graphs": True, "reuse_outputs": True}),
+    ):
+        module = make(**options)
+        call = lambda module=module: module(*given)  # noqa: E731
+        report("host time", call=name, us_per_call=round(_host_us(call), 1))
+    report("host time", call="bound", us_per_call=round(_host_us(make(cuda_graphs=True).bind(*given)), 1))
+
+
+def _host_us(call: Callable[[], Any]) -> float:
+    """Microseconds that a call takes the host, over 1,000 calls without a synchronization."""
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(1000):
+            call()
+        best = min(best, (time.perf_counter() - started) / 1000)
+        torch.cuda.synchronize()
+    return best * 1e6
+
+
+def test_a_copy_has_graphs_of_its_own(make: Make, eager: Net, cuda: torch.device) -> None:
+    module = make(cuda_graphs=True)
+    given = arguments(4, cuda)
+    for _ in range(2):
+        module(*given)
+    copied = copy.deepcopy(module)
+    del module
+    gc.collect()
+    for _ in range(3):
+        close(copied(*given), eager, given)
