@@ -14,8 +14,11 @@ import torch
 
 import trtbridge as tb
 from trtbridge.bridge.backends.base import Engine
+from trtbridge.bridge.cli_run import RandomInputs
+from trtbridge.bridge.cli_source import DimRequest
 from trtbridge.bridge.compare_inputs import generated_samples
 from trtbridge.bridge.dims import Range, combine_profiles
+from trtbridge.bridge.localize_stages import dynamic_shapes_of
 from trtbridge.bridge.model import Signature, TensorSpec
 from trtbridge.bridge.onnx_file import read_onnx
 from trtbridge.bridge.plan import PluginCall
@@ -318,3 +321,18 @@ def test_sizes_that_depend_on_data_have_one_range_in_all_profiles(assert_same: C
     found = {0: {0: tb.Dim("found", profiles=[(1, 1, 1), (2, 4, 8)])}}
     with pytest.raises(tb.OptionError, match="'found' has profiles"):
         tb.convert(Rows(), (torch.randn(8, 6),), dynamic_shapes=shapes, output_shapes=found, backend="onnxruntime")
+
+
+def test_the_command_line_writes_profiles_one_after_the_other() -> None:
+    assert DimRequest.parse("x:0=batch:1:1:1,8:16:32") == DimRequest("x", 0, ONE_OR_MANY)
+    assert DimRequest.parse("x:0=batch:1:2:4") == DimRequest("x", 0, tb.Dim("batch", 1, 2, 4))
+
+
+def test_random_inputs_of_a_given_size_take_the_rest_from_its_profile(fast: tb.EngineModule) -> None:
+    signature = fast.program.signature
+    for given, shape in (({}, (16, 12)), ({"batch": 1}, (1, 4)), ({"seq": 11}, (16, 11)), ({"batch": 5}, (5, 12))):
+        assert RandomInputs(sizes=given).make(signature)[0].shape[:2] == shape
+
+
+def test_dynamic_shapes_are_found_again_in_a_signature(fast: tb.EngineModule) -> None:
+    assert dynamic_shapes_of(fast.program.signature) == SHAPES
