@@ -22,6 +22,10 @@ class InputError(TrtBridgeError, ValueError):
     """An argument of a call does not fit the signature: its dtype, rank, shape, device, or its presence."""
 
 
+class OutOfRangeError(InputError):
+    """The sizes of a call's tensors lie outside every range that the engines were built for; nothing else is wrong."""
+
+
 class DynamicShapeError(TrtBridgeError, ValueError):
     """``dynamic_shapes`` does not fit the arguments, or the model contradicts it."""
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import DynamicShapeError, InputError
-from .dims import DerivedDim, Dim, Range
+from .dims import DerivedDim, Dim, Range, combine_profiles
+from .profiles import describe_profiles, fits
 from .structure import Structure, child_labels, flatten, leaf_labels
 
 LeafDims = dict[int, DerivedDim]
@@ -29,6 +30,7 @@ class Arguments:
         ranges: (min, opt, max) of each named dim.
         parameters: names of the positional arguments' parameters.
         complex_inputs: which tensors were complex.
+        profiles: range of each named dim in each profile; () where there is one.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -38,6 +40,7 @@ class Arguments:
     ranges: Mapping[str, Range]
     parameters: tuple[str, ...]
     complex_inputs: tuple[int, ...] = ()
+    profiles: tuple[Mapping[str, Range], ...] = ()
 
 
 def collect(
@@ -71,8 +74,9 @@ def collect(
         _align(part, spec, name, leaf_specs)
     resolver = _Resolver()
     dims = [resolver.leaf(*leaf) for leaf in zip(labels, tensors, leaf_specs, strict=True)]
+    ranges, profiles = resolver.finish()
     return Arguments(
-        tuple(tensors), structure, tuple(labels), tuple(dims), resolver.finish(), tuple(parameters), complex_inputs
+        tuple(tensors), structure, tuple(labels), tuple(dims), ranges, tuple(parameters), complex_inputs, profiles
     )
 
 
@@ -188,12 +192,20 @@ class _Resolver:
                 f"Dim {root.name!r} is {seen} in {seen_place} but {value} in {place} of the example."
             )
 
-    def finish(self) -> dict[str, Range]:
+    def finish(self) -> tuple[dict[str, Range], tuple[dict[str, Range], ...]]:
         ranges = {}
         for name, dim in self._roots.items():
             if dim.min < dim.max:
                 ranges[name] = (dim.min, self._sizes[name][0] if dim.opt is None else dim.opt, dim.max)
-        return ranges
+        profiles = combine_profiles(self._roots.values(), ranges)
+        sizes = {name: self._sizes[name][0] for name in ranges}
+        if profiles and not fits(sizes, profiles):
+            listed = "\n  ".join(describe_profiles(profiles))
+            raise DynamicShapeError(
+                f"The example has {', '.join(f'{name} {size}' for name, size in sizes.items())}, which no profile "
+                f"takes:\n  {listed}"
+            )
+        return ranges, profiles
 
 
 def _as_derived(entry: Any, size: int, place: str) -> DerivedDim | None:

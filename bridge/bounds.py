@@ -72,6 +72,11 @@ def _symbol(model: OnnxModel, place: str | int, axis: int, dim: Dim) -> str:
             f"output_shapes: dimension {axis} of result {place!r} is {size}, which does not depend on data alone, so "
             f"{dim.name!r} cannot name it."
         )
+    if dim.profiles:
+        raise OptionError(
+            f"output_shapes: {dim.name!r} has profiles, but a size that depends on data is known only after a profile "
+            f"is chosen; give it one range, as in tb.Dim({dim.name!r}, max={dim.max})."
+        )
     if dim.name in signature.dims:
         raise OptionError(f"output_shapes: {dim.name!r} is an input's Dim; give the data-dependent size another name.")
     return size

@@ -96,7 +96,7 @@ DimOption = Annotated[
         parser=_usage(DimRequest.parse),
         metavar="DIM",
         help="A dimension that varies: INPUT:AXIS=NAME:MIN:OPT:MAX, as x:0=batch:1:8:32. Then y:0=batch is the same, "
-        "and z:0=8 is fixed. Repeatable.",
+        "and z:0=8 is fixed. Several profiles: x:0=batch:1:1:1,2:8:32. Repeatable.",
     ),
 ]
 OpsetOption = Annotated[

@@ -20,6 +20,7 @@ from .dims import evaluate_shape
 from .dtypes import to_torch
 from .model import Signature, TensorSpec
 from .module import EngineModule
+from .profiles import nearest_profile
 from .structure import flatten, leaf_labels
 
 _WARM_UP_CALLS = 10
@@ -38,7 +39,7 @@ class RandomInputs:
 
     Attributes:
         seed: of the generator; the same on every device.
-        sizes: of named dimensions; the others take the size that the engine is tuned for.
+        sizes: of named dimensions; the others take the size that the engine is tuned for, in the profile of these.
         int_max: integers are below this.
     """
 
@@ -57,6 +58,8 @@ class RandomInputs:
         if unknown:
             known = ", ".join(f"{name} from {r[0]} to {r[2]}" for name, r in signature.dims.items())
             raise OptionError(f"--size {unknown[0]}: no such dynamic dimension; it has {known or 'none'}.")
+        if self.sizes and (index := nearest_profile(self.sizes, signature.profiles)) is not None:
+            sizes = {name: opt for name, (_, opt, _) in signature.profiles[index].items()}
         sizes |= self.sizes or {}
         generator = torch.Generator().manual_seed(self.seed)
         return [self._tensor(spec, sizes, generator) for spec in signature.inputs]

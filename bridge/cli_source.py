@@ -148,7 +148,7 @@ class DimRequest:
 
     @classmethod
     def parse(cls, text: str) -> DimRequest:
-        """Read ``INPUT:AXIS=NAME:MIN:OPT:MAX``, ``INPUT:AXIS=NAME`` or ``INPUT:AXIS=SIZE``.
+        """Read ``INPUT:AXIS=NAME:MIN:OPT:MAX[,MIN:OPT:MAX...]``, ``INPUT:AXIS=NAME`` or ``INPUT:AXIS=SIZE``.
 
         Raises:
             OptionError: it is not written so, or the range is impossible.
@@ -156,15 +156,19 @@ class DimRequest:
         match = re.fullmatch(r"(.+):(-?\d+)=([^=]+)", text)
         if match is None:
             raise OptionError(f"{text!r} is not INPUT:AXIS=NAME:MIN:OPT:MAX, as in x:0=batch:1:8:32.")
-        name, *numbers = match[3].split(":")
-        if not numbers:
+        name, colon, ranges = match[3].partition(":")
+        if not colon:
             size: Dim | str | int = int(name) if name.isdecimal() else name
             return cls(match[1], int(match[2]), size)
-        if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
-            raise OptionError(f"{text!r}: after = comes NAME:MIN:OPT:MAX, three whole numbers, as in batch:1:8:32.")
-        low, opt, high = map(int, numbers)
+        profiles = [each.split(":") for each in ranges.split(",")]
+        if not all(len(numbers) == 3 and all(number.isdecimal() for number in numbers) for numbers in profiles):
+            raise OptionError(
+                f"{text!r}: after = comes NAME:MIN:OPT:MAX, three whole numbers, as in batch:1:8:32; several profiles "
+                "follow one another, as in batch:1:1:1,2:8:32."
+            )
         try:
-            return cls(match[1], int(match[2]), Dim(name, min=low, opt=opt, max=high))
+            spans = [(int(low), int(opt), int(high)) for low, opt, high in profiles]
+            return cls(match[1], int(match[2]), Dim(name, *spans[0]) if len(spans) == 1 else Dim(name, profiles=spans))
         except DynamicShapeError as error:
             raise OptionError(f"{text!r}: {error}") from error
 

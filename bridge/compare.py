@@ -18,6 +18,7 @@ from .compare_report import CompareReport, OutputReport
 from .compare_statistics import OutputStatistics
 from .compare_subjects import Side, Subject, make_side
 from .model import Signature
+from .profiles import common_profiles
 from .runners import input_metadata, quiet_polygraphy, to_tensor
 from .tolerances import Tolerance, coarser
 
@@ -230,7 +231,15 @@ def _within_both(signatures: Sequence[Signature]) -> Signature:
                     f"{other.dims[name][0]} to {other.dims[name][2]}."
                 )
             dims[name] = (low, min(max(dims[name][1], low), high), high)
-    return dataclasses.replace(first, dims=dims)
+    if not any(each.profiles for each in signatures):
+        return dataclasses.replace(first, dims=dims)
+    profiles = common_profiles([each.profiles or (each.dims,) for each in signatures])
+    if not profiles:
+        raise InputError("No sizes fit both sides: none of their profiles have any in common.")
+    # The whole range is the one around all of them, tuned for what the last one is.
+    spans = {name: [profile[name] for profile in profiles] for name in dims}
+    dims = {name: (min(r[0] for r in each), each[-1][1], max(r[2] for r in each)) for name, each in spans.items()}
+    return dataclasses.replace(first, dims=dims, profiles=profiles if len(profiles) > 1 else ())
 
 
 def _check_options(

@@ -129,24 +129,27 @@ def given_samples(
 def generated_samples(signature: Signature, count: int | None, seed: int, int_max: int = 2) -> Samples:
     """Random samples within the ranges of a signature: the sizes tuned for, the smallest, the largest, random ones.
 
+    Each of several profiles gets its own in turn, the last one first, as it is that of the ranges as a whole.
+
     Args:
         signature: names, dtypes and ranges.
-        count: how many; None for 5 where sizes are dynamic, else 3.
+        count: how many; None for 3 where sizes are fixed, else 5, or 3 a profile where that is more.
         seed: of the first sample; each further one has the next.
         int_max: integers are below this.
 
     Raises:
         InputError: an input has a size that only data can tell.
     """
-    dims = signature.dims
-    total = count or (5 if dims else 3)
+    dims, profiles = signature.dims, signature.profiles[::-1] or (signature.dims,)
+    total = count or (max(5, 3 * len(profiles)) if dims else 3)
     generator = random.Random(seed)
 
     def sizes(index: int) -> dict[str, int]:
         places = {0: 1, 1: 0, 2: 2}  # opt, min, max
-        if index in places:
-            return {name: span[places[index]] for name, span in dims.items()}
-        return {name: generator.randint(span[0], span[2]) for name, span in dims.items()}
+        turn, which = divmod(index, len(profiles))
+        if turn in places:
+            return {name: span[places[turn]] for name, span in profiles[which].items()}
+        return {name: generator.randint(span[0], span[2]) for name, span in profiles[which].items()}
 
     chosen = [sizes(index) for index in range(total)]
     layout = Layout.of(signature)

@@ -21,6 +21,7 @@ from .model import OnnxModel, Signature
 from .module import EngineModule, describe_plugin, pick_device
 from .onnx_file import read_onnx
 from .options import Options
+from .out_of_range import Original, check_choice
 from .plan import PluginCall
 from .planner import Planner
 from .program import Program
@@ -65,6 +66,7 @@ def convert(
     chosen = Options.make(options)
     builder, reason = choose_backend(backend)
     builder.check_options(chosen.build)
+    eager = _original(model, chosen)
     resolve_cache_dir(chosen.cache_dir)  # fails now rather than after minutes of building
     device = chosen.device
     if device is None and builder.name == "onnxruntime" and isinstance(model, torch.nn.Module):
@@ -74,6 +76,8 @@ def convert(
         from .compare_verify import require_running_here  # Polygraphy is loaded only where it is used
 
         require_running_here(builder.name, device)
+    if eager is not None:
+        Original(eager, device)  # fails now rather than after minutes of building
     planner = make_planner(model, args, kwargs, dynamic_shapes, builder, chosen)
     program = planner.build()
     info = {
@@ -88,7 +92,7 @@ def convert(
     }
     if planner.precision is not None:
         info["precision"] = planner.precision.to_json()
-    module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir, chosen.runtime)
+    module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir, chosen.runtime, eager)
     if chosen.verify is not False:
         from .compare_verify import verify
 
@@ -124,6 +128,18 @@ def make_planner(
     return Planner(source, backend, options, stages, attention=make_attention(options, backend, may_measure))
 
 
+def _original(model: Model, options: Options) -> torch.nn.Module | None:
+    """What runs outside every profile, where that is asked for."""
+    if options.out_of_range == "error":
+        return None
+    if not isinstance(model, torch.nn.Module):
+        raise OptionError(
+            'out_of_range="eager" runs the original module, and an .onnx file is none: leave it out, or load the saved '
+            "program with tb.load(path, eager=module) where there is a module that does the same."
+        )
+    return model
+
+
 def _module_device(model: torch.nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
@@ -157,6 +173,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{self.source} on {self.backend}"]
         lines += [f"  input {line}" for line in self.signature.describe_inputs()]
+        lines += [f"  {line}" for line in self.signature.describe_profiles()]
         lines += [f"  {line}" for line in self.passes]
         for step in self.steps:
             lines.append(f"  {step}")
@@ -221,6 +238,9 @@ def load(
     path: str | os.PathLike[str],
     device: torch.device | str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    out_of_range: str | None = None,
+    eager: torch.nn.Module | None = None,
     **options: Any,
 ) -> EngineModule:
     """Read a module that `save` wrote.
@@ -229,13 +249,19 @@ def load(
         path: the file.
         device: where to run; default the backend's own choice.
         cache_dir: folder for compiled kernels.
+        out_of_range: what happens to sizes outside every profile: "error", or "eager", which needs ``eager``. Default:
+            "eager" where ``eager`` is given. A file holds no original, so that what was converted with "eager" is
+            loaded with "error" unless it is given again.
+        eager: the original, or a module that does the same, to run on such sizes; see `Options.out_of_range`.
         options: how calls run; see `RuntimeOptions`.
 
     Raises:
-        OptionError: an option is unknown or has an impossible value.
+        OptionError: an option is unknown or has an impossible value, ``out_of_range`` and ``eager`` do not go together,
+            or ``eager`` is no module on that device.
         ModelFileError: no such file, damaged, or no such program.
         BackendError: the engines cannot run here.
         PluginError: a plugin op is not registered in this process.
     """
     runtime = RuntimeOptions.make(options)
-    return EngineModule(Program.load(path), device, cache_dir, runtime)
+    check_choice(out_of_range, eager)
+    return EngineModule(Program.load(path), device, cache_dir, runtime, eager)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,39 +19,56 @@ Size = int | str | None
 Shape = tuple[Size, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Dim:
     """A named dynamic dimension, as in ``dynamic_shapes={"x": {0: Dim("batch", min=1, opt=8, max=32)}}``.
 
     The engine accepts every size from ``min`` to ``max`` and is tuned for ``opt``. Inputs that share a Dim (the same
     name) must agree in that size when called. ``2 * dim``, ``dim + 1`` and the like are derived dims.
 
+    ``Dim("batch", profiles=[(1, 1, 1), (8, 16, 32)])`` gives several ranges in place of one: the engine is tuned for
+    each alone, takes the sizes in any of them and none between them. Entry k of every Dim with several makes profile k
+    of the engine; a Dim with one range has it in all.
+
     Attributes:
         name: a Python identifier.
-        min: smallest size, at least 1.
-        opt: the size that kernels are chosen for; None takes the example's own size, clipped into the range.
-        max: largest size.
+        min: smallest size, at least 1; the smallest of all profiles.
+        opt: the size that kernels are chosen for; None takes the example's own size, clipped into the range. With
+            profiles that of the last one.
+        max: largest size; the largest of all profiles.
+        profiles: (min, opt, max) of each profile, () where there is but one range.
 
     Raises:
-        DynamicShapeError: the name is no identifier, or not ``1 <= min <= opt <= max``.
+        DynamicShapeError: the name is no identifier, not ``1 <= min <= opt <= max``, or a range beside profiles.
     """
 
     name: str
-    min: int = 1
-    opt: int | None = None
-    max: int = 0
+    min: int
+    opt: int | None
+    max: int
+    profiles: tuple[Range, ...]
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise DynamicShapeError(f"Dim name {self.name!r} is not a Python identifier.")
-        for field, value in (("min", self.min), ("opt", self.opt), ("max", self.max)):
-            if not (isinstance(value, int) and not isinstance(value, bool)) and not (field == "opt" and value is None):
-                raise DynamicShapeError(f"Dim({self.name!r}): {field} must be an int, got {value!r}.")
-        if not 1 <= self.min <= (self.min if self.opt is None else self.opt) <= self.max:
-            raise DynamicShapeError(
-                f"Dim({self.name!r}, min={self.min}, opt={self.opt}, max={self.max}): needs 1 <= min <= opt <= max; "
-                f'give all three, as in Dim("{self.name}", min=1, opt=8, max=32).'
-            )
+    def __init__(
+        self,
+        name: str,
+        min: int | None = None,
+        opt: int | None = None,
+        max: int | None = None,
+        profiles: Sequence[Range] = (),
+    ) -> None:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise DynamicShapeError(f"Dim name {name!r} is not a Python identifier.")
+        if isinstance(profiles, (tuple, list)) and not profiles:
+            low, high = 1 if min is None else min, 0 if max is None else max
+            _check_range(name, low, opt, high)
+            ranges: tuple[Range, ...] = ()
+        else:
+            ranges = _checked_profiles(name, profiles, {"min": min, "opt": opt, "max": max})
+            lows, opts, highs = zip(*ranges, strict=True)
+            low, opt, high = sorted(lows)[0], opts[-1], sorted(highs)[-1]  # min and max are arguments here
+            ranges = ranges if len(ranges) > 1 else ()
+        for field, value in (("name", name), ("min", low), ("opt", opt), ("max", high), ("profiles", ranges)):
+            object.__setattr__(self, field, value)  # frozen for everyone else
 
     def __add__(self, other: int) -> DerivedDim:
         return DerivedDim(self, 1, 0) + other
@@ -93,10 +110,70 @@ class DerivedDim:
         return text if not self.offset else f"{text} {'+' if self.offset > 0 else '-'} {abs(self.offset)}"
 
 
+def _check_range(name: str, low: Any, opt: Any, high: Any) -> None:
+    for field, value in (("min", low), ("opt", opt), ("max", high)):
+        if not _is_int(value) and not (field == "opt" and value is None):
+            raise DynamicShapeError(f"Dim({name!r}): {field} must be an int, got {value!r}.")
+    if not 1 <= low <= (low if opt is None else opt) <= high:
+        raise DynamicShapeError(
+            f"Dim({name!r}, min={low}, opt={opt}, max={high}): needs 1 <= min <= opt <= max; "
+            f'give all three, as in Dim("{name}", min=1, opt=8, max=32).'
+        )
+
+
+def _checked_profiles(name: str, profiles: Any, beside: Mapping[str, int | None]) -> tuple[Range, ...]:
+    example = f'as in Dim("{name}", profiles=[(1, 1, 1), (2, 8, 32)])'
+    if not isinstance(profiles, (tuple, list)):
+        raise DynamicShapeError(f"Dim({name!r}): profiles must be a list of (min, opt, max), {example}.")
+    given = [f"{field}={value!r}" for field, value in beside.items() if value is not None]
+    if given:
+        raise DynamicShapeError(
+            f"Dim({name!r}): profiles bring their own ranges: leave {', '.join(given)} out, or give one range alone."
+        )
+    for index, entry in enumerate(profiles):
+        whole = isinstance(entry, (tuple, list)) and len(entry) == 3 and all(map(_is_int, entry))
+        if not whole or not 1 <= entry[0] <= entry[1] <= entry[2]:
+            raise DynamicShapeError(
+                f"Dim({name!r}): profile {index} is {entry!r}; it must be (min, opt, max), whole numbers with "
+                f"1 <= min <= opt <= max, {example}."
+            )
+    return tuple((entry[0], entry[1], entry[2]) for entry in profiles)
+
+
+def combine_profiles(dims: Iterable[Dim], ranges: Mapping[str, Range]) -> tuple[dict[str, Range], ...]:
+    """The ranges of all named dims profile by profile: entry k of every Dim that has several.
+
+    Args:
+        dims: with or without profiles.
+        ranges: the whole range of each dim that is dynamic, which one without profiles has in all of them.
+
+    Returns:
+        One dict by name for each profile; none where no dim has several.
+
+    Raises:
+        DynamicShapeError: two Dims have different numbers of profiles.
+    """
+    several = {dim.name: dim.profiles for dim in dims if len(dim.profiles) > 1 and dim.name in ranges}
+    if not several:
+        return ()
+    (first, count), *others = ((name, len(profiles)) for name, profiles in several.items())
+    for name, other in others:
+        if other != count:
+            raise DynamicShapeError(
+                f"Dim {first!r} has {count} profiles and Dim {name!r} has {other}: profile k of the engine is made of "
+                "entry k of each, so give them the same number, or one of them a single range for all."
+            )
+    return tuple({name: several[name][k] if name in several else ranges[name] for name in ranges} for k in range(count))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not _is_int(value):
         raise DynamicShapeError(f"Derived dims take whole numbers, got {value!r}.")
-    return value
+    return int(value)
 
 
 def evaluate_size(expression: str, sizes: Mapping[str, int]) -> int:

@@ -216,6 +216,7 @@ def _finish(onnx_program: torch.onnx.ONNXProgram, traced: ExportedModule, plugin
         parameters=arguments.parameters,
         complex_inputs=arguments.complex_inputs,
         complex_outputs=traced.complex_outputs,
+        profiles=arguments.profiles,
     )
     return OnnxModel(proto, kept, signature, traced.name, data_dims)
 

@@ -145,6 +145,7 @@ class Examined:
             input_structure=Structure("tuple", (Structure("tuple", (TENSOR,) * len(names)), Structure("dict"))),
             output_structure=Structure("dict", (TENSOR,) * len(outputs), tuple(outputs)),
             parameters=names,
+            profiles=self.model.signature.profiles,
         )
 
     def _spec(self, name: str, new: str) -> TensorSpec:

@@ -80,7 +80,10 @@ def model_of(plan: Plan) -> OnnxModel | None:
 
 def dynamic_shapes_of(signature: Signature) -> dict[str, Any] | None:
     """The ``dynamic_shapes`` with which a module was converted, written by argument name; None where all is fixed."""
-    dims = {name: Dim(name, min=low, opt=opt, max=high) for name, (low, opt, high) in signature.dims.items()}
+    dims = {
+        name: Dim(name, profiles=[profile[name] for profile in signature.profiles or (signature.dims,)])
+        for name in signature.dims
+    }
     if not dims:
         return None
     leaves: list[dict[int, Any]] = []

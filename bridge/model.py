@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import onnx_ir as ir
 from ..errors import ModelFileError
 from ..plugins.sizes import names_in
 from .dims import Range, Shape, evaluate_range
+from .profiles import describe_profiles
 from .structure import Structure, leaf_labels
 
 ORIGIN_KEY = "trtbridge.origin"
@@ -38,17 +39,31 @@ class TensorSpec:
         shape: one entry a dimension: a size, an expression over named dims ("batch", "2*seq + 1"), or None where the
             size depends on data.
         ranges: (min, opt, max) of each dimension; a fixed size n is (n, n, n), None where the size depends on data.
+        profiles: at the boundary of a segment the ranges of each dimension in each profile; () where there is one.
     """
 
     name: str
     dtype: ir.DataType
     shape: Shape
     ranges: tuple[Range | None, ...]
+    profiles: tuple[tuple[Range | None, ...], ...] = ()
 
     @classmethod
-    def make(cls, name: str, dtype: ir.DataType, shape: Shape, dims: Mapping[str, Range]) -> TensorSpec:
-        """A spec whose ranges are evaluated from those of the named dims."""
-        return cls(name, dtype, tuple(shape), tuple(evaluate_range(size, dims) for size in shape))
+    def make(
+        cls,
+        name: str,
+        dtype: ir.DataType,
+        shape: Shape,
+        dims: Mapping[str, Range],
+        profiles: Sequence[Mapping[str, Range]] = (),
+    ) -> TensorSpec:
+        """A spec whose ranges are evaluated from those of the named dims, and for each profile from its own."""
+        whole = tuple(evaluate_range(size, dims) for size in shape)
+        each = tuple(
+            tuple(evaluate_range(size, {**dims, **p}) or r for size, r in zip(shape, whole, strict=True))
+            for p in profiles
+        )
+        return cls(name, dtype, tuple(shape), whole, each)
 
     @property
     def type_text(self) -> str:
@@ -59,12 +74,19 @@ class TensorSpec:
         return f"{self.name}: {self.type_text}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "dtype": self.dtype.name, "shape": list(self.shape), "ranges": list(self.ranges)}
+        profiles = {"profiles": [list(profile) for profile in self.profiles]} if self.profiles else {}
+        found = {"name": self.name, "dtype": self.dtype.name, "shape": list(self.shape), "ranges": list(self.ranges)}
+        return {**found, **profiles}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
-        ranges = tuple(None if r is None else (int(r[0]), int(r[1]), int(r[2])) for r in data["ranges"])
-        return cls(data["name"], ir.DataType[data["dtype"]], tuple(data["shape"]), ranges)
+        profiles = tuple(map(_read_ranges, data.get("profiles", ())))
+        dtype = ir.DataType[data["dtype"]]
+        return cls(data["name"], dtype, tuple(data["shape"]), _read_ranges(data["ranges"]), profiles)
+
+
+def _read_ranges(ranges: Sequence[Sequence[int] | None]) -> tuple[Range | None, ...]:
+    return tuple(None if r is None else (int(r[0]), int(r[1]), int(r[2])) for r in ranges)
 
 
 @dataclass(frozen=True)
@@ -75,12 +97,13 @@ class Signature:
         inputs: the tensors among the arguments, flat, in the order of the ONNX graph's inputs.
         outputs: the tensors among the results, flat, in the order of the ONNX graph's outputs.
         labels: for each input, how a user would write it: ``x``, ``batch['mask']``, ``args[0].ids``.
-        dims: range of each named dim.
+        dims: range of each named dim, over all profiles.
         input_structure: the structure of ``(args, kwargs)``, non-tensor leaves included.
         output_structure: the structure of the result.
         parameters: names of forward's positional parameters, to accept them as keywords.
         complex_inputs: which inputs are complex tensors, which the graph holds as (..., 2) reals.
         complex_outputs: which outputs are.
+        profiles: range of each named dim in each profile; () where there is one, ``dims``. Sizes fit that lie in one.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -92,15 +115,25 @@ class Signature:
     parameters: tuple[str, ...] = ()
     complex_inputs: tuple[int, ...] = ()
     complex_outputs: tuple[int, ...] = ()
+    profiles: tuple[Mapping[str, Range], ...] = ()
 
     def describe_inputs(self) -> list[str]:
         """A line an input: its place in the call, shape, dtype, and the ranges of its dims."""
         lines = []
         for label, spec in zip(self.labels, self.inputs, strict=True):
             used = {name for size in spec.shape if isinstance(size, str) for name in names_in(size)}
-            ranges = [f"{n} in [{r[0]}, {r[2]}], tuned for {r[1]}" for n, r in self.dims.items() if n in used]
+            ranges = [f"{n} in {self._range_text(n)}" for n in self.dims if n in used]
             lines.append(f"{label}: {spec.type_text}" + (f"  ({', '.join(ranges)})" if ranges else ""))
         return lines
+
+    def _range_text(self, name: str) -> str:
+        low, opt, high = self.dims[name]
+        ranges = dict.fromkeys(f"[{profile[name][0]}, {profile[name][2]}]" for profile in self.profiles)
+        return " or ".join(ranges) if ranges else f"[{low}, {high}], tuned for {opt}"
+
+    def describe_profiles(self) -> list[str]:
+        """A line a profile, where there are several: the ranges of all dims in it."""
+        return describe_profiles(self.profiles)
 
     def describe_outputs(self) -> list[str]:
         """A line an output: its place in the result, shape and dtype."""
@@ -118,6 +151,7 @@ class Signature:
             "parameters": list(self.parameters),
             "complex_inputs": list(self.complex_inputs),
             "complex_outputs": list(self.complex_outputs),
+            "profiles": [{name: list(r) for name, r in profile.items()} for profile in self.profiles],
         }
 
     @classmethod
@@ -126,13 +160,18 @@ class Signature:
             inputs=tuple(TensorSpec.from_json(spec) for spec in data["inputs"]),
             outputs=tuple(TensorSpec.from_json(spec) for spec in data["outputs"]),
             labels=tuple(data["labels"]),
-            dims={name: (int(r[0]), int(r[1]), int(r[2])) for name, r in data["dims"].items()},
+            dims=_read_dims(data["dims"]),
             input_structure=Structure.from_json(data["input_structure"]),
             output_structure=Structure.from_json(data["output_structure"]),
             parameters=tuple(data["parameters"]),
             complex_inputs=tuple(data.get("complex_inputs", ())),
             complex_outputs=tuple(data.get("complex_outputs", ())),
+            profiles=tuple(map(_read_dims, data.get("profiles", ()))),
         )
+
+
+def _read_dims(data: Mapping[str, Sequence[int]]) -> dict[str, Range]:
+    return {name: (int(r[0]), int(r[1]), int(r[2])) for name, r in data.items()}
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from ..errors import BackendError, InputError, OptionError, TrtBridgeError
+from ..errors import BackendError, InputError, OptionError, OutOfRangeError, TrtBridgeError
 from ..plugins.sizes import names_in
 from .backends import get_backend
 from .cache import resolve_cache_dir
 from .dims import evaluate_size
 from .dtypes import to_torch
 from .model import Signature, TensorSpec
+from .out_of_range import Original
 from .plan import PluginCall
+from .profiles import fits
 from .program import EngineStep, Program
 from .runtime import RunningProgram
 from .runtime_options import RuntimeOptions
@@ -39,9 +41,12 @@ class EngineModule(torch.nn.Module):
         device: where; None for the backend's own choice (the current CUDA device, or the CPU).
         cache_dir: folder for compiled kernels; None for the default one.
         options: how calls run.
+        eager: the original, which runs in place of the engines where the sizes of a call lie outside every profile;
+            None raises `OutOfRangeError` there. It is neither copied, nor a submodule, nor saved.
 
     Raises:
         BackendError: the engines cannot run on that device.
+        OptionError: ``eager`` is no module, or on another device.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class EngineModule(torch.nn.Module):
         device: torch.device | str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         options: RuntimeOptions | None = None,
+        eager: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.program = program
@@ -60,6 +66,7 @@ class EngineModule(torch.nn.Module):
         self._checker = InputChecker(program.signature, self.device)
         self._running: RunningProgram | None = None
         self._load_lock = threading.Lock()
+        self._original = None if eager is None else Original(eager, self.device)
         self.training = False
         if self.device.type != "cuda" or torch.cuda.is_available():
             self._load()
@@ -76,18 +83,25 @@ class EngineModule(torch.nn.Module):
 
         Raises:
             InputError: an argument does not fit; the message names each that does not and what was expected.
+            OutOfRangeError: an `InputError` about nothing but sizes, where there is no original to run instead.
             BackendError: there is no device here to run on.
             ExecutionError: the backend or a plugin op failed.
         """
         running = self._running or self._load()
-        return self._structured(running(self._checker(args, kwargs)))
+        try:
+            tensors = self._checker(args, kwargs)
+        except OutOfRangeError as error:
+            if self._original is None:
+                raise
+            return self._original(args, kwargs, str(error))
+        return self._structured(running(tensors))
 
     def bind(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
         """A call on these very tensors: fill them, call what this returns, read its results.
 
         Where calls run as CUDA graphs (`RuntimeOptions.cuda_graphs`) it is one replay, with nothing copied; elsewhere a
         plain call. Its results are the same tensors each time, valid until the module's next call, unless their sizes
-        depend on data.
+        depend on data. Sizes outside every profile are an error here, whatever `out_of_range` says.
 
         Args:
             args, kwargs: as for a call.
@@ -116,7 +130,18 @@ class EngineModule(torch.nn.Module):
 
     def inspect(self) -> str:
         """What it runs, as text: inputs, steps with sizes and layers, plugins with their Python lines, outputs."""
-        return describe(self.program)
+        text = describe(self.program)
+        return text if self._original is None else f"{text}\n  {self._original}"
+
+    @property
+    def out_of_range(self) -> str:
+        """What happens to sizes outside every profile: "error", or "eager", the original runs."""
+        return "error" if self._original is None else "eager"
+
+    @property
+    def eager_calls(self) -> int:
+        """How many calls the original has run, as their sizes were outside every profile."""
+        return 0 if self._original is None else self._original.calls
 
     @property
     def verification(self) -> CompareReport | None:
@@ -157,7 +182,8 @@ class EngineModule(torch.nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineModule:
-        copied = EngineModule(self.program, self.device, self._cache_dir, self.options)
+        eager = None if self._original is None else self._original.module
+        copied = EngineModule(self.program, self.device, self._cache_dir, self.options, eager)
         memo[id(self)] = copied
         return copied
 
@@ -212,13 +238,29 @@ class InputChecker:
         tensors = self.flatten(args, kwargs)
         problems: list[str] = []
         sizes: dict[str, tuple[int, str]] = {}
+        only_sizes = True
         for leaf, tensor in zip(self._leaves, tensors, strict=True):
-            problem = leaf.check(tensor, self._device, sizes)
+            problem = leaf.check_kind(tensor, self._device)
+            if problem:
+                only_sizes = False
+            else:
+                problem = leaf.check_sizes(tensor.shape, sizes)
             if problem:
                 problems.append(problem)
+        profiles = self._signature.profiles
+        if profiles and not problems and not fits({name: size for name, (size, _) in sizes.items()}, profiles):
+            problems.append(self._no_profile(sizes))
         if problems:
-            raise InputError("\n".join(problems))
+            raise (OutOfRangeError if only_sizes else InputError)("\n".join(problems))
         return tensors
+
+    def _no_profile(self, sizes: Mapping[str, tuple[int, str]]) -> str:
+        given = " and ".join(f"{name} {size} (in {place})" for name, (size, place) in sizes.items())
+        profiles = "\n  ".join(self._signature.describe_profiles())
+        return (
+            f"No profile takes {given}; sizes fit where one profile holds all of them:\n  {profiles}\n"
+            'Convert with a profile that does, or with out_of_range="eager" for the original to run on such sizes.'
+        )
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """What stands in a call where the signature has tensors, complex ones as (..., 2) reals; not checked further.
@@ -278,8 +320,8 @@ class _Leaf:
                 self.named.append((axis, name, evaluate_size(size, {name: 1}) - offset, offset))
         self.dims = signature.dims
 
-    def check(self, tensor: Any, device: torch.device, sizes: dict[str, tuple[int, str]]) -> str:
-        """What is wrong with a tensor, or "". Sizes of named dims are gathered over all inputs."""
+    def check_kind(self, tensor: Any, device: torch.device) -> str:
+        """What is wrong with a tensor beside its sizes, or ""."""
         if not isinstance(tensor, torch.Tensor):
             return f"Input {self.label}: expected a tensor {self._expected()}, got {type(tensor).__name__}."
         if tensor.dtype != self.dtype:
@@ -290,6 +332,10 @@ class _Leaf:
         if len(shape) != len(self.spec.shape):
             rank = len(self.spec.shape)
             return f"Input {self.label}: expected rank {rank} {self._expected()}, got shape {tuple(shape)}."
+        return ""
+
+    def check_sizes(self, shape: torch.Size, sizes: dict[str, tuple[int, str]]) -> str:
+        """What is wrong with the sizes of a tensor, or "". Those of named dims are gathered over all inputs."""
         for axis, size in self.fixed:
             if shape[axis] != size:
                 return (
@@ -319,6 +365,7 @@ def describe(program: Program) -> str:
     lines = [f"{program.source or 'program'} on {program.backend}, {size_text(program.size_bytes)}"]
     signature = program.signature
     lines += [f"  input {line}" for line in signature.describe_inputs()]
+    lines += [f"  {line}" for line in signature.describe_profiles()]
     for step in program.steps:
         if isinstance(step, EngineStep):
             info = step.engine.info
@@ -326,7 +373,9 @@ def describe(program: Program) -> str:
             target = f" for {info['target']}" if "target" in info else ""
             layers = f", {len(info['layers'])} layers" if info.get("layers") else ""
             size = size_text(step.engine.size_bytes)
-            lines.append(f"  {step.name}: engine of {size}{layers}, {program.backend}{version}{target}")
+            count = len(info.get("profiles", ()))
+            profiles = f", {count} profiles" if count > 1 else ""
+            lines.append(f"  {step.name}: engine of {size}{layers}{profiles}, {program.backend}{version}{target}")
             lines += [f"    plugin {p['op']} inside it; from {p['place']}" for p in info.get("plugins", ())]
         else:
             lines += [f"  {line}" for line in describe_plugin(step, "between engines")]

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from ..errors import DynamicShapeError, ModelFileError
 from ..plugins.bounds import DATA_DEPENDENT, node_bound
 from ..plugins.sizes import names_in
-from .dims import DerivedDim, Dim, Range, Shape, Size, evaluate_range
+from .dims import DerivedDim, Dim, Range, Shape, Size, combine_profiles, evaluate_range
 from .model import (
     INLINE_LIMIT_BYTES,
     ORIGIN_KEY,
@@ -58,7 +58,7 @@ def read_onnx(path: str | os.PathLike[str], dynamic_shapes: Mapping[str, Any] | 
     del proto.graph.input[:]
     proto.graph.input.extend(inputs)
     _name_parts(proto.graph)
-    dims = _apply_ranges(proto.graph, dynamic_shapes or {}, path)
+    dims, profiles = _apply_ranges(proto.graph, dynamic_shapes or {}, path)
     del proto.graph.value_info[:]
     try:
         proto, data_dims = name_data_sizes(proto, dims)
@@ -77,6 +77,7 @@ def read_onnx(path: str | os.PathLike[str], dynamic_shapes: Mapping[str, Any] | 
         input_structure=Structure("tuple", (Structure("tuple", (TENSOR,) * len(names)), Structure("dict"))),
         output_structure=TENSOR if single else Structure("dict", (TENSOR,) * len(outputs), tuple(outputs)),
         parameters=tuple(names),
+        profiles=profiles,
     )
     return OnnxModel(proto, weights, signature, path.name, data_dims)
 
@@ -258,8 +259,10 @@ def _name_parts(graph: onnx.GraphProto) -> None:
             node.metadata_props.add(key=ORIGIN_KEY, value=Origin(module=node.name, op=node.op_type).to_metadata())
 
 
-def _apply_ranges(graph: onnx.GraphProto, dynamic_shapes: Mapping[str, Any], path: Path) -> dict[str, Range]:
-    """Put the user's dims in place of the file's symbols, in its inputs; returns their ranges."""
+def _apply_ranges(
+    graph: onnx.GraphProto, dynamic_shapes: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Range], tuple[dict[str, Range], ...]]:
+    """Put the user's dims in place of the file's symbols, in its inputs; returns their ranges, whole and by profile."""
     inputs = {value.name: value for value in graph.input}
     unknown = [name for name in dynamic_shapes if name not in inputs]
     if unknown:
@@ -312,10 +315,11 @@ def _apply_ranges(graph: onnx.GraphProto, dynamic_shapes: Mapping[str, Any], pat
             f"Dynamic dimensions of {path} have no range: {', '.join(missing)}. Give one by input name, as in "
             f'dynamic_shapes={{"{first}": {{0: tb.Dim("batch", min=1, opt=8, max=32)}}}}.'
         )
-    return {
+    ranges = {
         name: (dim.min, (dim.min + dim.max) // 2 if dim.opt is None else dim.opt, dim.max)
         for name, dim in roots.items()
     }
+    return ranges, combine_profiles(roots.values(), ranges)
 
 
 def _by_axis(given: Any, rank: int, name: str) -> dict[int, Any]:

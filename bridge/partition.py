@@ -279,7 +279,8 @@ class _Partitioner:
                 f"Tensor {name!r} crosses from one segment to the next, but its type or rank is not known "
                 f"(made by {self.model.provenance.get(name)})."
             )
-        return TensorSpec.make(name, dtype, shape, {**self.model.signature.dims, **self.model.data_dims})
+        signature = self.model.signature
+        return TensorSpec.make(name, dtype, shape, {**signature.dims, **self.model.data_dims}, signature.profiles)
 
     def _value_info(self, name: str) -> onnx.ValueInfoProto:
         spec = self._spec(name)

@@ -27,7 +27,14 @@ guide = _load()
 
 
 # With the least number of blocks and commands: one that is no longer found would no longer be tested.
-PAGES = {"passes": (8, 6), "plugins": (12, 9), "precision": (4, 1), "runtime": (4, 2), "wrong-results": (10, 8)}
+PAGES = {
+    "passes": (8, 6),
+    "plugins": (12, 9),
+    "precision": (4, 1),
+    "runtime": (4, 2),
+    "shapes": (4, 2),
+    "wrong-results": (10, 8),
+}
 
 
 @pytest.mark.parametrize("page", PAGES)

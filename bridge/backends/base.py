@@ -55,6 +55,8 @@ class BuildOptions:
             is present, or a portable engine where there is none.
         isolate: parse and build in a child process, so that a crash in the backend ends as a BuildError.
         timeout_s: most seconds that one engine may take to build (isolated builds only); None for no limit.
+        kernel_specialization: for TensorRT-RTX what it does when a built engine meets new sizes, "lazy", "eager" or
+            "none". It changes nothing in the engine, and stands here for backends to refuse it before they build.
     """
 
     tf32: bool = False
@@ -63,6 +65,7 @@ class BuildOptions:
     compute_capabilities: tuple[tuple[int, int], ...] = ()
     isolate: bool = True
     timeout_s: float | None = None
+    kernel_specialization: str | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 
 from ...errors import BackendError, ExecutionError, OptionError, PluginError, UnsupportedOpError
 from ..model import TensorSpec, iterate_nodes
+from ..profiles import EngineProfiles
 from .base import BackendStatus, BuildOptions, Context, Engine, Progress, Refusal, Segment
 from .ort_refusals import find_refusals
 from .ort_session import (
@@ -77,7 +78,10 @@ class OnnxRuntimeBackend:
             OptionError: one of them is set; the message names it.
         """
         unset = BuildOptions()
-        for name in ("optimization_level", "workspace_bytes", "compute_capabilities", "timeout_s"):
+        for name in (
+            *("optimization_level", "workspace_bytes", "compute_capabilities", "timeout_s"),
+            "kernel_specialization",
+        ):
             if getattr(options, name) != getattr(unset, name):
                 raise OptionError(f"{name} is for TensorRT; backend 'onnxruntime' has no such option. Leave it out.")
 
@@ -146,6 +150,7 @@ class OnnxRuntimeBackend:
             "widened": wide_proto is not proto,
             "widens": self._widens,
             "tf32": options.tf32,
+            "profiles": EngineProfiles.of(segment.inputs).to_json(),
         }
         parts = {MODEL_PART: proto.SerializeToString(), WEIGHTS_PART: buffer.data}
         return Engine(self.name, parts, info, segment.inputs, segment.outputs)

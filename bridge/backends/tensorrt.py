@@ -25,10 +25,11 @@ import torch
 
 from ...errors import BackendError, BuildError, DynamicShapeError, PluginError, TrtBridgeError, UnsupportedOpError
 from ..model import Origin, TensorSpec
+from ..profiles import EngineProfiles
 from . import trt_build
 from .base import BackendStatus, BuildOptions, Engine, Executable, Progress, Refusal, Segment
 from .empty import EmptySafe, can_be_empty, empty_parts
-from .flavour import FLAVOURS, Flavour, find_capabilities, tf32_environment
+from .flavour import FLAVOURS, Flavour, check_specialization, find_capabilities, tf32_environment
 from .plugin_library import library_environment, require_library
 from .plugin_nodes import describe_host, hosted_plugins, make_parseable, probe_segment
 from .rtx_faults import avoid_faults, original_name
@@ -70,6 +71,7 @@ class TensorRtBackend:
 
     def check_options(self, options: BuildOptions) -> None:
         find_capabilities(self.flavour, options.compute_capabilities)
+        check_specialization(self.flavour, options.kernel_specialization)
 
     def plugin_refusal(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
         refusal = _hosting_refusal(self.name) or _empty_refusal(call, input_specs)
@@ -113,6 +115,7 @@ class TensorRtBackend:
             "tf32": options.tf32,
             "build_seconds": round(time.perf_counter() - started, 3),
             "plugins": hosted_plugins(segment),
+            "profiles": EngineProfiles.of(segment.inputs).to_json(),
         }
         parts, info["empty"] = empty_parts(segment)
         return Engine(self.name, {ENGINE_PART: plan, **parts}, info, segment.inputs, segment.outputs)
@@ -206,7 +209,7 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
             flavour=flavour.name,
             parse_only=parse_only,
             weights=entries,
-            inputs=[(spec.name, [r for r in spec.ranges if r is not None]) for spec in segment.inputs],
+            profiles=EngineProfiles.of(segment.inputs).to_json(),
             tf32=options.tf32,
             optimization_level=options.optimization_level,
             workspace_bytes=options.workspace_bytes,

@@ -43,7 +43,7 @@ class Job:
         flavour: "tensorrt" or "tensorrt_rtx".
         parse_only: ask the parser alone.
         weights: (name, offset, size) of each weight in weights.bin, in bytes.
-        inputs: (name, [[min, opt, max] of each dimension]) of each input.
+        profiles: for each profile the ranges of every input: name → [min, opt, max] of each dimension.
         tf32, optimization_level, workspace_bytes, compute_capabilities: as in `BuildOptions`.
         gpu_present: whether a CUDA device can be used.
         plugins: the graph has plugin nodes.
@@ -52,7 +52,7 @@ class Job:
     flavour: str
     parse_only: bool
     weights: list[tuple[str, int, int]]
-    inputs: list[tuple[str, list[tuple[int, int, int]]]]
+    profiles: list[dict[str, list[tuple[int, int, int]]]]
     tf32: bool
     optimization_level: int | None
     workspace_bytes: int | None
@@ -160,7 +160,7 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
     target_gpus(flavour, config, job.compute_capabilities, job.gpu_present)
     config.progress_monitor = _make_monitor(flavour, report)
-    problem = _add_profile(builder, network, config, dict(job.inputs))
+    problem = _add_profiles(builder, network, config, job.profiles)
     if problem:
         outcome.error = problem
         return
@@ -277,26 +277,28 @@ def without_nodes(model: bytes, names: set[str]) -> bytes:
     return bytes(proto.SerializeToString())
 
 
-def _add_profile(
+def _add_profiles(
     builder: trt.Builder,
     network: trt.INetworkDefinition,
     config: trt.IBuilderConfig,
-    ranges: dict[str, list[tuple[int, int, int]]],
+    profiles: list[dict[str, list[tuple[int, int, int]]]],
 ) -> str:
-    """Give every dynamic input its range; returns what is wrong, or ""."""
-    profile = builder.create_optimization_profile()
-    dynamic = False
+    """Give every dynamic input its range in every profile, in order; returns what is wrong, or ""."""
+    dynamic = []
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         if tensor.is_shape_tensor:
             return f"input {tensor.name!r} is used as a shape, whose values have no range; make it a Python number"
-        sizes = ranges[tensor.name]
-        if any(low != high for low, _, high in sizes):
-            dynamic = True
-            low, opt, high = (tuple(size[i] for size in sizes) for i in range(3))
-            profile.set_shape(tensor.name, low, opt, high)
-    if dynamic:
-        config.add_optimization_profile(profile)
+        # An input may be fixed within each profile and differ between them.
+        if len({tuple(bounds) for profile in profiles for bounds in zip(*profile[tensor.name], strict=True)}) > 1:
+            dynamic.append(tensor.name)
+    for number, ranges in enumerate(profiles if dynamic else []):
+        profile = builder.create_optimization_profile()
+        for name in dynamic:
+            low, opt, high = (tuple(size[i] for size in ranges[name]) for i in range(3))
+            profile.set_shape(name, low, opt, high)
+        if config.add_optimization_profile(profile) != number:
+            return f"profile {number} is refused: {ranges}"
     return ""
 
 

@@ -12,10 +12,12 @@ from ...errors import BackendError, ExecutionError, TrtBridgeError
 from ...plugins.tensorrt_v3 import PluginHost, plugin_host
 from ..cache import JitCacheFile
 from ..dtypes import to_torch
+from ..profiles import EngineProfiles
 from .base import Context, Engine
 from .flavour import Flavour, JitCache, tf32_environment
 from .plugin_nodes import require_ops
 from .trt_outputs import SizedByData
+from .trt_profiles import select_profile
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -28,7 +30,14 @@ _MOST_SHAPES = 4096  # combinations of input shapes whose output shapes are reme
 class TensorRtExecutable:
     """An engine on a device; an `Executable`."""
 
-    def __init__(self, flavour: Flavour, engine: Engine, device: torch.device, cache_dir: Path | None) -> None:
+    def __init__(
+        self,
+        flavour: Flavour,
+        engine: Engine,
+        device: torch.device,
+        cache_dir: Path | None,
+        kernel_specialization: str | None = None,
+    ) -> None:
         if TYPE_CHECKING:
             import tensorrt as trt
         else:
@@ -38,6 +47,7 @@ class TensorRtExecutable:
         self._flavour = flavour
         self._inputs = tuple((spec.name, to_torch(spec.dtype)) for spec in engine.inputs)
         self._outputs = tuple((spec.name, to_torch(spec.dtype)) for spec in engine.outputs)
+        self._profiles = EngineProfiles.of_engine(engine.info, engine.inputs)
         self._tf32 = bool(engine.info.get("tf32"))
         plugins = engine.info.get("plugins", [])
         require_ops(plugins)
@@ -57,8 +67,9 @@ class TensorRtExecutable:
                 )
             self._engine = loaded
             self._jit_file = JitCacheFile(cache_dir, plan, f"{flavour.name}-{trt.__version__}") if flavour.jit else None
-            self._jit = JitCache(flavour, loaded, self._jit_file.read() if self._jit_file else None)
-        self.workspace_bytes = int(loaded.device_memory_size_v2)
+            blob = self._jit_file.read() if self._jit_file else None
+            self._jit = JitCache(flavour, loaded, blob, kernel_specialization)
+        self.workspace_bytes = int(loaded.device_memory_size_v2)  # of the profile that needs most
 
     def new_context(self, workspace: torch.Tensor | None = None) -> Context:
         with torch.cuda.device(self.device), tf32_environment(self._flavour, self._tf32):
@@ -71,7 +82,15 @@ class TensorRtExecutable:
         if workspace is not None:
             made.set_device_memory(workspace.data_ptr(), workspace.numel())
         return _Context(
-            self._flavour, made, self._inputs, self._outputs, self.device, self._host, self._keep_kernels, workspace
+            self._flavour,
+            made,
+            self._inputs,
+            self._outputs,
+            self.device,
+            self._host,
+            self._keep_kernels,
+            workspace,
+            self._profiles,
         )
 
     def _keep_kernels(self, shapes: tuple[torch.Size, ...]) -> None:
@@ -93,8 +112,10 @@ class _Context:
         host: PluginHost | None,
         ran: Callable[[tuple[torch.Size, ...]], None],
         workspace: torch.Tensor | None,
+        profiles: EngineProfiles,
     ) -> None:
         self._flavour = flavour
+        self._profiles = profiles
         self._context = context
         self._host = host
         self._inputs = inputs
@@ -164,6 +185,9 @@ class _Context:
 
     def _set_shapes(self, shapes: tuple[torch.Size, ...]) -> None:
         before, self._shapes = self._shapes, ()  # a failure half-way leaves nothing that looks valid
+        stream, capturing = torch.cuda.current_stream(self._device), torch.cuda.is_current_stream_capturing()
+        if select_profile(self._context, self._profiles, shapes, stream, capturing):
+            before, self._addresses = (), [0] * len(self._names)  # TensorRT wants all of them anew
         for index, ((name, _), shape) in enumerate(zip(self._inputs, shapes, strict=True)):
             if before and before[index] == shape:
                 continue

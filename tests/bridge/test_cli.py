@@ -351,6 +351,8 @@ class TestConvertErrors:
             (["--dim", "x"], "'x' is not INPUT:AXIS=NAME:MIN:OPT:MAX"),
             (["--dim", "x:first=batch:1:2:3"], "is not INPUT:AXIS=NAME:MIN:OPT:MAX"),
             (["--dim", "x:0=batch:1:8"], "after = comes NAME:MIN:OPT:MAX"),
+            (["--dim", "x:0=batch:1:1:1,2:8"], "several profiles follow one another"),
+            (["--dim", "x:0=batch:1:1:1,4:2:8"], "profile 1 is (4, 2, 8)"),
             (["--dim", "x:0=batch:4:2:8"], "needs 1 <= min <= opt <= max"),
             (["--dim", "x:0=2b:1:2:8"], "not a Python identifier"),
             (["--dim", "x:0=batch"], "'batch' has no range"),
