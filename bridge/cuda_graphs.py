@@ -1,8 +1,8 @@
 """CUDA graphs of whole calls: one for each combination of input shapes, bounded in number.
 
-A graph holds addresses, so a call copies its inputs into the graph's own tensors, replays, and copies the results out.
-All graphs of a module share one scratch memory and one memory pool, which is right because replays never overlap: a lock
-puts the calls of several threads in order, and an event those of several streams.
+A graph holds addresses, so a call copies its inputs into the graph's own tensors, replays, and copies the results
+out. All graphs of a module share one scratch memory and one memory pool, which is right because replays never overlap:
+a lock puts the calls of several threads in order, and an event those of several streams.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Capturer:
     """
 
     def __init__(self, run: _Run, make_lane: Callable[[], Lane], device: torch.device) -> None:
-        self.order = StreamOrder()
+        self.order = StreamOrder(device)
         self._run = run
         self._make_lane = make_lane
         self._device = device
@@ -125,12 +125,14 @@ class Capturer:
         # Tensors made in inference mode could not be copied into outside of it.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self._device):
             self._stream.wait_stream(caller)
-            self.order.enter(self._stream)
             try:
                 with torch.cuda.stream(self._stream):
-                    yield
+                    self.order.enter()
+                    try:
+                        yield
+                    finally:
+                        self.order.leave()
             finally:
-                self.order.leave(self._stream)
                 caller.wait_stream(self._stream)
 
 
@@ -162,12 +164,11 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def call(self, inputs: Sequence[torch.Tensor], stream: torch.cuda.Stream) -> list[torch.Tensor] | None:
-        """Replay the graph for these shapes, which is captured now if the time has come.
+    def call(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Replay the graph for these shapes on torch's current stream; it is captured now if the time has come.
 
         Args:
             inputs: of the call.
-            stream: torch's current stream.
 
         Returns:
             The results; None where the call is to be a plain one.
@@ -185,11 +186,11 @@ class GraphCache:
             else:
                 self._graphs.move_to_end(key)
             captured.last_used = self._calls
-            self._order.enter(stream)
+            self._order.enter()
             _copy(captured.inputs, inputs)
             captured.replay()
             outputs = [t.clone() for t in captured.outputs] if self._fresh_outputs else list(captured.outputs)
-            self._order.leave(stream)
+            self._order.leave()
             self.counters["graph_replays"] += 1
             return outputs
 
@@ -198,12 +199,12 @@ class GraphCache:
         with self.lock:
             return None if self.refusal else self._capture(inputs, own_inputs=False)
 
-    def replay_bound(self, captured: Captured, stream: torch.cuda.Stream) -> list[torch.Tensor]:
-        """Replay a graph of `bind`; results are its own tensors."""
+    def replay_bound(self, captured: Captured) -> list[torch.Tensor]:
+        """Replay a graph of `bind` on torch's current stream; results are its own tensors."""
         with self.lock:
-            self._order.enter(stream)
+            self._order.enter()
             captured.replay()
-            self._order.leave(stream)
+            self._order.leave()
             self.counters["graph_replays"] += 1
             return captured.outputs
 

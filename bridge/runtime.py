@@ -81,19 +81,19 @@ class RunningProgram:
         self._calls += 1
         if self.device.type != "cuda":
             return self._run_in_lane(inputs)
-        caller = torch.cuda.current_stream(self.device)
         with torch.cuda.device(self.device) if torch.cuda.current_device() != self.device.index else nullcontext():
             if torch.cuda.is_current_stream_capturing():
-                return self._run_in_capture(inputs, caller)
-            if self._graphs is not None and (outputs := self._graphs.call(inputs, caller)) is not None:
+                return self._run_in_capture(inputs)
+            if self._graphs is not None and (outputs := self._graphs.call(inputs)) is not None:
                 return outputs
+            caller = torch.cuda.current_stream()
             if caller != torch.cuda.default_stream():
-                return self._run_in_lane(inputs, caller)
+                return self._run_in_lane(inputs)
             # TensorRT synchronizes when given the default stream, so the work goes to one of our own, with events.
             own = self._own_stream()
             own.wait_stream(caller)
             with torch.cuda.stream(own):
-                outputs = self._run_in_lane(inputs, own)
+                outputs = self._run_in_lane(inputs)
             caller.wait_stream(own)
             for tensor in inputs:
                 tensor.record_stream(own)  # its memory must not be given away before our stream has read it
@@ -189,28 +189,27 @@ class RunningProgram:
             results.append(tensor.clone() if tensor.numel() and tensor.data_ptr() in given else tensor)
         return results
 
-    def _run_in_lane(
-        self, inputs: Sequence[torch.Tensor], stream: torch.cuda.Stream | None = None
-    ) -> list[torch.Tensor]:
+    def _run_in_lane(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         lane = self._lanes.take()
         try:
-            if stream is None or lane.order is None:
+            if lane.order is None:
                 return self._run(inputs, lane)
-            lane.order.enter(stream)
+            lane.order.enter()
             try:
                 return self._run(inputs, lane)
             finally:
-                lane.order.leave(stream)
+                lane.order.leave()
         finally:
             self._lanes.give(lane)
 
-    def _run_in_capture(self, inputs: Sequence[torch.Tensor], stream: torch.cuda.Stream) -> list[torch.Tensor]:
+    def _run_in_capture(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run within the capture of a CUDA graph by the caller.
 
         A replay may come at any time, so the contexts and their scratch memory belong to that graph from now on. Calls
         on one stream of one capture share them: the graph runs them one after the other.
         """
-        key = (stream.cuda_stream, capture_id(stream.cuda_stream))
+        stream = torch.cuda.current_stream().cuda_stream
+        key = (stream, capture_id(stream))
         lane = self._captured.get(key)
         if lane is None:
             # A capture begins with a synchronization, so that nothing of before still runs in the lane.
@@ -226,7 +225,7 @@ class RunningProgram:
     def _bound_replay(self, graphs: GraphCache, captured: Captured) -> Callable[[], list[torch.Tensor]]:
         def run() -> list[torch.Tensor]:
             self._calls += 1
-            return list(graphs.replay_bound(captured, torch.cuda.current_stream(self.device)))
+            return list(graphs.replay_bound(captured))
 
         return run
 

@@ -142,9 +142,9 @@ class Context(Protocol):
     """An execution context: runs its engine, one call at a time.
 
     Calling it takes contiguous tensors of the binding dtypes on the executable's device, in the order of
-    ``Engine.inputs``, and returns fresh tensors in the order of ``Engine.outputs``. It enqueues on torch's current stream,
-    which is never the default one, and may return before the work is done; on a CPU it returns when done. Calls on
-    different streams must be put in order by whoever makes them.
+    ``Engine.inputs``, and returns fresh tensors in the order of ``Engine.outputs``. It enqueues on torch's current
+    stream, which is never the default one, and may return before the work is done; on a CPU it returns when done. Calls
+    on different streams must be put in order by whoever makes them.
     """
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...

@@ -16,19 +16,17 @@ from trtbridge.bridge.cuda_graphs import Captured, Capturer, GraphCache
 from trtbridge.bridge.program import Program
 from trtbridge.bridge.runtime_steps import capture_problem
 
-STREAM = cast(torch.cuda.Stream, "the caller's stream")
-
 
 class Order:
-    """Notes which streams used the memory."""
+    """Notes when the memory is in use."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    def enter(self, stream: Any) -> None:
+    def enter(self) -> None:
         self.log.append("enter")
 
-    def leave(self, stream: Any) -> None:
+    def leave(self) -> None:
         self.log.append("leave")
 
 
@@ -68,7 +66,7 @@ def _x(batch: int, value: float = 1.0) -> list[torch.Tensor]:
 
 def _call(cache: GraphCache, batch: int, value: float = 1.0) -> bool:
     """Call, check the numbers, and say whether it was a replay."""
-    result = cache.call(_x(batch, value), STREAM)
+    result = cache.call(_x(batch, value))
     if result is not None:
         torch.testing.assert_close(result[0], torch.full((batch, 3), 2 * value))
     return result is not None
@@ -86,8 +84,8 @@ def test_the_second_call_with_a_shape_is_captured() -> None:
 def test_results_are_fresh_or_reused() -> None:
     for fresh in (True, False):
         cache = _cache(FakeCapturer(), fresh_outputs=fresh)
-        cache.call(_x(4), STREAM)
-        first, second = cache.call(_x(4), STREAM), cache.call(_x(4), STREAM)
+        cache.call(_x(4))
+        first, second = cache.call(_x(4)), cache.call(_x(4))
         assert first is not None
         assert second is not None
         assert (first[0].data_ptr() == second[0].data_ptr()) is not fresh
@@ -97,7 +95,7 @@ def test_inputs_that_want_gradients_leave_no_trace() -> None:
     cache = _cache(FakeCapturer())
     x = [torch.ones(4, 3, requires_grad=True)]
     for _ in range(3):
-        result = cache.call(x, STREAM)
+        result = cache.call(x)
     assert result is not None
     assert not result[0].requires_grad
 
@@ -146,7 +144,7 @@ def test_shapes_that_come_once_are_forgotten() -> None:
 def test_empty_inputs_are_not_captured() -> None:
     capturer = FakeCapturer()
     cache = _cache(capturer)
-    assert [cache.call([torch.ones(0, 3)], STREAM) for _ in range(3)] == [None] * 3
+    assert [cache.call([torch.ones(0, 3)]) for _ in range(3)] == [None] * 3
     assert not capturer.captured
 
 
@@ -186,7 +184,7 @@ def test_a_bound_call_reads_the_callers_own_tensors() -> None:
     captured = cache.bind(x)
     assert captured is not None
     x[0].fill_(5.0)
-    torch.testing.assert_close(cache.replay_bound(captured, STREAM)[0], torch.full((4, 3), 10.0))
+    torch.testing.assert_close(cache.replay_bound(captured)[0], torch.full((4, 3), 10.0))
     assert len(cache) == 0, "it takes no place of the others"
 
 
