@@ -66,6 +66,7 @@ def convert(
     chosen = Options.make(options)
     builder, reason = choose_backend(backend)
     builder.check_options(chosen.build)
+    builder.check_runtime(chosen.runtime)
     eager = _original(model, chosen)
     resolve_cache_dir(chosen.cache_dir)  # fails now rather than after minutes of building
     device = chosen.device

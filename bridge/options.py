@@ -16,7 +16,6 @@ from ..errors import OptionError
 from ..passes.default import DEFAULT
 from ..passes.pipeline import Pipeline
 from .backends.base import BuildOptions, Progress
-from .backends.flavour import SPECIALIZATIONS
 from .dims import Dim
 from .out_of_range import OUT_OF_RANGE
 from .runtime_options import RuntimeOptions
@@ -84,9 +83,6 @@ class Options(RuntimeOptions):
         out_of_range: what a call does whose sizes lie outside every profile, or differ in a static dimension: "error"
             raises `OutOfRangeError`; "eager" runs the original module, which is kept by reference, in eval mode and
             without gradients. Wrong dtypes, devices, ranks and structures are errors all the same.
-        kernel_specialization: TensorRT-RTX: what it does when it meets new sizes: "lazy" compiles kernels for them in
-            the background and runs general ones meanwhile, "eager" compiles them before it runs, "none" always runs
-            general ones. None leaves it to the library ("lazy").
     """
 
     opset: int | None = None
@@ -114,7 +110,6 @@ class Options(RuntimeOptions):
     max_data_size: int | None = None
     output_shapes: Mapping[str | int, Mapping[int, Dim]] | None = None
     out_of_range: str = "error"
-    kernel_specialization: str | None = None
 
     @classmethod
     def make(cls, given: Mapping[str, Any]) -> Options:
@@ -214,8 +209,6 @@ class Options(RuntimeOptions):
             "a folder, which is made where it is missing",
         )
         need(self.out_of_range in OUT_OF_RANGE, "out_of_range", '"error" or "eager"')
-        strategies = (None, *SPECIALIZATIONS)
-        need(self.kernel_specialization in strategies, "kernel_specialization", 'None, "lazy", "eager" or "none"')
         need(self.progress is None or callable(self.progress), "progress", "a function of (stage, fraction)")
 
     @property
@@ -247,7 +240,6 @@ class Options(RuntimeOptions):
             compute_capabilities=tuple((p[0], p[1]) for p in self.compute_capabilities),
             isolate=self.isolate,
             timeout_s=self.timeout_s,
-            kernel_specialization=self.kernel_specialization,
         )
 
 

@@ -57,7 +57,7 @@ class RunningProgram:
         for step in program.steps:
             if isinstance(step, EngineStep):
                 self._steps.append(engine_step(step.engine))
-                self._executables.append(backend.load(step.engine, device, cache_dir))
+                self._executables.append(backend.load(step.engine, device, cache_dir, options))
             else:
                 self._steps.append(plugin_step(step, device, program.signature.dims))
                 self._executables.append(None)

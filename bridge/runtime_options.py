@@ -10,6 +10,9 @@ from typing import Any
 
 from ..errors import OptionError
 
+SPECIALIZATIONS = ("lazy", "eager", "none")
+"""What TensorRT-RTX can do when it meets new sizes: IRuntimeConfig's dynamic_shapes_kernel_specialization_strategy."""
+
 
 @dataclass(frozen=True)
 class RuntimeOptions:
@@ -27,6 +30,10 @@ class RuntimeOptions:
             ones wait.
         share_workspace: one scratch memory, of the largest engine's size, for all engines of a call and for all CUDA
             graphs, in place of one for each.
+        kernel_specialization: TensorRT-RTX: what it does when it meets new sizes: "lazy" compiles kernels for them in
+            the background and runs general ones meanwhile, "eager" compiles them before it runs, "none" always runs
+            general ones. None is "eager" with ``cuda_graphs``, since a graph keeps the kernels of its capture, and else
+            leaves it to the library ("lazy").
     """
 
     cuda_graphs: bool | str = False
@@ -34,6 +41,7 @@ class RuntimeOptions:
     reuse_outputs: bool = False
     max_contexts: int = 8
     share_workspace: bool = True
+    kernel_specialization: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("reuse_outputs", "share_workspace"):
@@ -42,6 +50,8 @@ class RuntimeOptions:
         for name in ("max_graphs", "max_contexts"):
             value = getattr(self, name)
             self._need(isinstance(value, int) and not isinstance(value, bool) and value > 0, name, "an int above 0")
+        strategies = (None, *SPECIALIZATIONS)
+        self._need(self.kernel_specialization in strategies, "kernel_specialization", f"one of {strategies}")
 
     def _need(self, condition: bool, name: str, what: str) -> None:
         if not condition:

@@ -15,6 +15,7 @@ from ..model import Origin, TensorSpec
 
 if TYPE_CHECKING:
     from ..plan import PluginCall
+    from ..runtime_options import RuntimeOptions
 
 Progress = Callable[[str, float], None]
 """``progress(phase, fraction)``: called while an engine builds; fraction in [0, 1]. Raising KeyboardInterrupt stops."""
@@ -55,8 +56,6 @@ class BuildOptions:
             is present, or a portable engine where there is none.
         isolate: parse and build in a child process, so that a crash in the backend ends as a BuildError.
         timeout_s: most seconds that one engine may take to build (isolated builds only); None for no limit.
-        kernel_specialization: for TensorRT-RTX what it does when a built engine meets new sizes, "lazy", "eager" or
-            "none". It changes nothing in the engine, and stands here for backends to refuse it before they build.
     """
 
     tf32: bool = False
@@ -65,7 +64,6 @@ class BuildOptions:
     compute_capabilities: tuple[tuple[int, int], ...] = ()
     isolate: bool = True
     timeout_s: float | None = None
-    kernel_specialization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +189,14 @@ class Backend(Protocol):
         """
         ...
 
+    def check_runtime(self, options: RuntimeOptions) -> None:
+        """Refuse, before any work, run-time options that this backend cannot heed.
+
+        Raises:
+            OptionError: an option is not for this backend.
+        """
+        ...
+
     def plugin_refusal(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
         """Why a plugin call cannot stay inside an engine, in words for people; "" where it can.
 
@@ -227,13 +233,20 @@ class Backend(Protocol):
         """
         ...
 
-    def load(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> Executable:
+    def load(
+        self,
+        engine: Engine,
+        device: torch.device,
+        cache_dir: Path | None = None,
+        options: RuntimeOptions | None = None,
+    ) -> Executable:
         """Make an engine ready to run on a device.
 
         Args:
             engine: built by this backend.
             device: where it runs.
             cache_dir: folder for what is compiled at load time (TensorRT-RTX's JIT kernels); None keeps nothing.
+            options: how it runs; None for the default.
 
         Raises:
             BackendError: not installed, no such device, or the engine was built for another GPU or version.

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SPECIALIZATIONS = ("lazy", "eager", "none")
-"""What TensorRT-RTX can do when it meets new sizes: IRuntimeConfig's dynamic_shapes_kernel_specialization_strategy."""
 
 _TF32_VARIABLE = "NVIDIA_TF32_OVERRIDE"
 
@@ -190,23 +188,6 @@ def target_gpus(
             config.set_compute_capability(capability, index)
 
 
-def check_specialization(flavour: Flavour, strategy: str | None) -> None:
-    """See that a strategy of kernel specialization is one, and for this library.
-
-    Raises:
-        OptionError: it is not.
-    """
-    if strategy is None:
-        return
-    if not flavour.jit:
-        raise OptionError(
-            "kernel_specialization is for TensorRT-RTX, which compiles kernels when an engine runs; TensorRT does not. "
-            'Leave it out or use backend="tensorrt_rtx".'
-        )
-    if strategy not in SPECIALIZATIONS:
-        raise OptionError(f"kernel_specialization={strategy!r}: must be None or one of {', '.join(SPECIALIZATIONS)}.")
-
-
 class JitCache:
     """The kernels that TensorRT-RTX compiles for one engine, as bytes that a later process can start from, and the
     execution contexts that share them.
@@ -215,16 +196,12 @@ class JitCache:
         flavour: TensorRT compiles none; its contexts are made here all the same.
         engine: what the contexts run.
         blob: kernels of an earlier process.
-        kernel_specialization: what happens at new sizes, one of `SPECIALIZATIONS`; None for the library's own choice.
-
-    Raises:
-        OptionError: the strategy is none of them, or the library has none.
+        kernel_specialization: what happens at new sizes, as in `RuntimeOptions`; None for the library's own choice.
     """
 
     def __init__(
         self, flavour: Flavour, engine: trt.ICudaEngine, blob: bytes | None, kernel_specialization: str | None = None
     ) -> None:
-        check_specialization(flavour, kernel_specialization)
         self._flavour = flavour
         self._engine = engine
         self._config: trt.IRuntimeConfig | None = None

@@ -20,6 +20,7 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 from ...errors import BackendError, ExecutionError, OptionError, PluginError, UnsupportedOpError
 from ..model import TensorSpec, iterate_nodes
 from ..profiles import EngineProfiles
+from ..runtime_options import RuntimeOptions
 from .base import BackendStatus, BuildOptions, Context, Engine, Progress, Refusal, Segment
 from .ort_refusals import find_refusals
 from .ort_session import (
@@ -78,12 +79,20 @@ class OnnxRuntimeBackend:
             OptionError: one of them is set; the message names it.
         """
         unset = BuildOptions()
-        for name in (
-            *("optimization_level", "workspace_bytes", "compute_capabilities", "timeout_s"),
-            "kernel_specialization",
-        ):
+        for name in ("optimization_level", "workspace_bytes", "compute_capabilities", "timeout_s"):
             if getattr(options, name) != getattr(unset, name):
                 raise OptionError(f"{name} is for TensorRT; backend 'onnxruntime' has no such option. Leave it out.")
+
+    def check_runtime(self, options: RuntimeOptions) -> None:
+        """Refuse options that are TensorRT's alone.
+
+        Raises:
+            OptionError: one of them is set; the message names it.
+        """
+        if options.kernel_specialization is not None:
+            raise OptionError(
+                "kernel_specialization is for TensorRT-RTX; backend 'onnxruntime' has no such option. Leave it out."
+            )
 
     def plugin_refusal(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
         """Why a plugin call cannot stay inside an engine: none can."""
@@ -155,13 +164,22 @@ class OnnxRuntimeBackend:
         parts = {MODEL_PART: proto.SerializeToString(), WEIGHTS_PART: buffer.data}
         return Engine(self.name, parts, info, segment.inputs, segment.outputs)
 
-    def load(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> OnnxRuntimeExecutable:
+    def load(
+        self,
+        engine: Engine,
+        device: torch.device,
+        cache_dir: Path | None = None,
+        options: RuntimeOptions | None = None,
+    ) -> OnnxRuntimeExecutable:
         """Create the session for a device; ``cache_dir`` is not used, as nothing is compiled.
 
         Raises:
+            OptionError: ``options`` has one that is TensorRT's alone.
             BackendError: onnxruntime is not installed, does not support the device, or did not make the engine.
             ModelFileError: the engine's parts are missing or damaged.
         """
+        if options is not None:
+            self.check_runtime(options)
         ort = _import_onnxruntime()
         if engine.backend != self.name:
             raise BackendError(f"This engine was built by {engine.backend!r}; {self.name!r} cannot load it.")

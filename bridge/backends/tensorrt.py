@@ -23,13 +23,22 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from ...errors import BackendError, BuildError, DynamicShapeError, PluginError, TrtBridgeError, UnsupportedOpError
+from ...errors import (
+    BackendError,
+    BuildError,
+    DynamicShapeError,
+    OptionError,
+    PluginError,
+    TrtBridgeError,
+    UnsupportedOpError,
+)
 from ..model import Origin, TensorSpec
 from ..profiles import EngineProfiles
+from ..runtime_options import RuntimeOptions
 from . import trt_build
 from .base import BackendStatus, BuildOptions, Engine, Executable, Progress, Refusal, Segment
 from .empty import EmptySafe, can_be_empty, empty_parts
-from .flavour import FLAVOURS, Flavour, check_specialization, find_capabilities, tf32_environment
+from .flavour import FLAVOURS, Flavour, find_capabilities, tf32_environment
 from .plugin_library import library_environment, require_library
 from .plugin_nodes import describe_host, hosted_plugins, make_parseable, probe_segment
 from .rtx_faults import avoid_faults, original_name
@@ -71,7 +80,13 @@ class TensorRtBackend:
 
     def check_options(self, options: BuildOptions) -> None:
         find_capabilities(self.flavour, options.compute_capabilities)
-        check_specialization(self.flavour, options.kernel_specialization)
+
+    def check_runtime(self, options: RuntimeOptions) -> None:
+        if options.kernel_specialization is not None and not self.flavour.jit:
+            raise OptionError(
+                "kernel_specialization is for TensorRT-RTX, which compiles kernels when an engine runs; TensorRT does "
+                'not. Leave it out or use backend="tensorrt_rtx".'
+            )
 
     def plugin_refusal(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
         refusal = _hosting_refusal(self.name) or _empty_refusal(call, input_specs)
@@ -120,7 +135,15 @@ class TensorRtBackend:
         parts, info["empty"] = empty_parts(segment)
         return Engine(self.name, {ENGINE_PART: plan, **parts}, info, segment.inputs, segment.outputs)
 
-    def load(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> Executable:
+    def load(
+        self,
+        engine: Engine,
+        device: torch.device,
+        cache_dir: Path | None = None,
+        options: RuntimeOptions | None = None,
+    ) -> Executable:
+        options = options or RuntimeOptions()
+        self.check_runtime(options)
         if device.type != "cuda":
             raise BackendError(
                 f"{self.flavour.title} engines run on a CUDA device, not on {device}. "
@@ -128,7 +151,10 @@ class TensorRtBackend:
             )
         if not torch.cuda.is_available():
             raise BackendError(_no_gpu(self.flavour))
-        executable = TensorRtExecutable(self.flavour, engine, device, cache_dir)
+        specialization = options.kernel_specialization
+        if specialization is None and options.cuda_graphs and self.flavour.jit:
+            specialization = "eager"
+        executable = TensorRtExecutable(self.flavour, engine, device, cache_dir, specialization)
         return EmptySafe(engine, executable) if can_be_empty(engine.inputs) else executable
 
     def _require_build(self) -> None:

@@ -12,7 +12,6 @@ import torch
 
 import trtbridge as tb
 from trtbridge.bridge.backends import get_backend, trt_build
-from trtbridge.bridge.backends.base import BuildOptions
 from trtbridge.bridge.backends.flavour import FLAVOURS, JitCache
 from trtbridge.bridge.backends.trt_profiles import select_profile
 from trtbridge.bridge.model import TensorSpec
@@ -147,14 +146,14 @@ def test_an_engine_with_one_profile_needs_no_switch() -> None:
 @pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime"])
 def test_kernel_specialization_is_for_tensorrt_rtx(backend: str) -> None:
     with pytest.raises(tb.OptionError, match="kernel_specialization is for TensorRT"):
-        get_backend(backend).check_options(BuildOptions(kernel_specialization="eager"))
-    get_backend("tensorrt_rtx").check_options(BuildOptions(kernel_specialization="eager"))
+        get_backend(backend).check_runtime(tb.RuntimeOptions(kernel_specialization="eager"))
+    get_backend("tensorrt_rtx").check_runtime(tb.RuntimeOptions(kernel_specialization="eager"))
 
 
 def test_an_unknown_kernel_specialization_is_refused() -> None:
-    with pytest.raises(tb.OptionError, match=r'kernel_specialization=.*"lazy", "eager" or "none"'):
+    with pytest.raises(tb.OptionError, match=r"kernel_specialization='fast'.*'lazy', 'eager', 'none'"):
         tb.convert(Rows(), (torch.randn(8, 6),), backend="tensorrt_rtx", kernel_specialization="fast")
-    assert tb.Options.make({"kernel_specialization": "lazy"}).build.kernel_specialization == "lazy"
+    assert tb.Options.make({"kernel_specialization": "lazy"}).runtime.kernel_specialization == "lazy"
 
 
 @pytest.mark.rtx
@@ -167,5 +166,3 @@ def test_the_runtime_config_gets_the_strategy(strategy: str | None) -> None:
     found = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
     known = trt.DynamicShapesKernelSpecializationStrategy.__members__
     assert found == (None if strategy is None else known[strategy.upper()])
-    with pytest.raises(tb.OptionError, match="for TensorRT-RTX"):
-        JitCache(FLAVOURS["tensorrt"], engine, None, "lazy")

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 import trtbridge as tb
 from trtbridge.bridge.backends import trt_run
-from trtbridge.bridge.backends.flavour import FLAVOURS, SPECIALIZATIONS
+from trtbridge.bridge.backends.flavour import FLAVOURS
 from trtbridge.bridge.backends.trt_run import TensorRtExecutable
+from trtbridge.bridge.runtime_options import SPECIALIZATIONS
 
 BATCH = tb.Dim("batch", profiles=[(1, 1, 1), (1, 8, 32), (48, 64, 64)])
 SEQ = tb.Dim("seq", profiles=[(4, 4, 8), (4, 8, 16), (4, 8, 16)])
