@@ -82,6 +82,10 @@ class TensorRtBackend:
     def host_spec(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
         return describe_host(call, input_specs).to_json()
 
+    def builds_apart(self, options: BuildOptions, parse_only: bool) -> bool:
+        # TensorRT measures kernels on the GPU while it builds; TensorRT-RTX does when an engine first runs.
+        return options.isolate and (parse_only or self.flavour.jit)
+
     def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
         self._require_build()
         with _job(self.flavour, segment, options, parse_only=True) as folder:
