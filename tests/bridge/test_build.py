@@ -15,7 +15,6 @@ from trtbridge.bridge.backends.base import BuildOptions
 from trtbridge.bridge.backends.shape_values import shaped_by_values
 from trtbridge.bridge.convert import make_planner
 from trtbridge.bridge.options import Options
-from trtbridge.bridge.stages import Stages
 
 
 class Three(torch.nn.Module):
@@ -169,11 +168,8 @@ class CutByValue(torch.nn.Module):
 def test_sizes_that_are_values_are_found_in_one_round() -> None:
     pytest.importorskip("tensorrt_rtx")
     args = (torch.randn(8, 4), torch.tensor([3, 5]))
-    stages = Stages()
-    planner = make_planner(
-        CutByValue(), args, None, None, get_backend("tensorrt_rtx"), Options.make({"max_data_size": 8})
-    )
-    planner.stages = stages
+    options = Options.make({"max_data_size": 8})
+    planner = make_planner(CutByValue(), args, None, None, get_backend("tensorrt_rtx"), options)
     program = planner.build()
     assert [call.op for call in program.plugin_calls] == ["aten::slice.Tensor"] * 2
     assert set(planner.calls) == {call.origin.call for call in program.plugin_calls}
