@@ -30,8 +30,9 @@ from .errors import (
 if TYPE_CHECKING:
     from .bridge.compare import compare
     from .bridge.compare_report import CompareReport
-    from .bridge.convert import convert, explain, load, save
+    from .bridge.convert import convert, load, save
     from .bridge.dims import Dim
+    from .bridge.explain import explain
     from .bridge.export import export
     from .bridge.localize import localize
     from .bridge.localize_report import LocalizeReport
@@ -60,7 +61,7 @@ _LAZY = {
     "Tolerance": ".bridge.tolerances",
     "compare": ".bridge.compare",
     "convert": ".bridge.convert",
-    "explain": ".bridge.convert",
+    "explain": ".bridge.explain",
     "export": ".bridge.export",
     "load": ".bridge.convert",
     "localize": ".bridge.localize",

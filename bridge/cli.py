@@ -207,7 +207,7 @@ def explain(
         options |= pass_options(check_passes, dump_graphs, attention)
         with Stages(console) as stages:
             with stages.stage("load"):
-                from .convert import explain as explain_model
+                from .explain import explain as explain_model
 
                 request = source.load()
             explanation = request.call(explain_model, dims, {"progress": stages, **options})

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,15 +13,14 @@ import torch
 from ..errors import InputError, OptionError
 from .attention import make_attention
 from .backends import choose_backend
-from .backends.base import Backend, Refusal
+from .backends.base import Backend
 from .cache import resolve_cache_dir
 from .export import DEFAULT_OPSET, ExportedModule, trace
-from .model import OnnxModel, Signature
-from .module import EngineModule, describe_plugin, pick_device
+from .model import OnnxModel
+from .module import EngineModule, pick_device
 from .onnx_file import read_onnx
 from .options import Options
 from .out_of_range import Original, check_choice
-from .plan import PluginCall
 from .planner import Planner
 from .program import Program
 from .runtime_options import RuntimeOptions
@@ -145,83 +143,6 @@ def _module_device(model: torch.nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What would become of a model, found without building it.
-
-    Attributes:
-        backend: the backend that was asked.
-        steps: a line a step: segments with their nodes, plugins with their Python lines and reasons.
-        refusals: nodes that the backend's parser does not take, by segment.
-        passes: a line a pass, and what became of the precision where one was asked for.
-        signature: inputs and outputs.
-    """
-
-    backend: str
-    source: str
-    signature: Signature
-    steps: tuple[str, ...]
-    refusals: Mapping[str, Sequence[Refusal]]
-    passes: tuple[str, ...]
-
-    @property
-    def converts(self) -> bool:
-        """Whether the parser takes everything that is not a plugin."""
-        return not any(self.refusals.values())
-
-    def __str__(self) -> str:
-        lines = [f"{self.source} on {self.backend}"]
-        lines += [f"  input {line}" for line in self.signature.describe_inputs()]
-        lines += [f"  {line}" for line in self.signature.describe_profiles()]
-        lines += [f"  {line}" for line in self.passes]
-        for step in self.steps:
-            lines.append(f"  {step}")
-            name = step.partition(":")[0]
-            lines += ["    refused: " + str(refusal).replace("\n", "\n    ") for refusal in self.refusals.get(name, ())]
-        lines += [f"  output {line}" for line in self.signature.describe_outputs()]
-        lines.append("  converts" if self.converts else "  does not convert: the parser refuses the nodes above")
-        return "\n".join(lines)
-
-
-def explain(
-    model: Model,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    dynamic_shapes: Any = None,
-    backend: str = "auto",
-    **options: Any,
-) -> Explanation:
-    """Say what becomes engine, what becomes plugin and why, without building.
-
-    Takes what `convert` takes, and raises the same errors, but `UnsupportedOpError` for what the parser refuses: those
-    nodes are in the result.
-    """
-    chosen = Options.make(options)
-    builder, _ = choose_backend(backend)
-    builder.check_options(chosen.build)
-    planner = make_planner(model, args, kwargs, dynamic_shapes, builder, chosen, may_measure=False)
-    plan, refusals = planner.settled_plan()
-    lines = []
-    for step in plan.steps:
-        if isinstance(step, PluginCall):
-            lines += describe_plugin(step, "between segments")
-            continue
-        counts: dict[str, int] = {}
-        for node in step.proto.graph.node:
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
-        listed = ", ".join(f"{count} {op}" for op, count in sorted(counts.items(), key=lambda item: -item[1]))
-        lines.append(f"{step.name}: engine of {sum(counts.values())} nodes ({listed})")
-        for call in step.hosted:
-            lines += describe_plugin(call, f"inside {step.name}")
-    passes = tuple(f"pass {r.name}: {r.rewrites} rewrites, {len(r.refusals)} near misses" for r in planner.passes)
-    if planner.precision is not None:
-        passes += tuple(str(planner.precision).splitlines())
-    if planner.attention_report is not None:
-        passes += (planner.attention_report.summary,)
-    return Explanation(builder.name, plan.source, plan.signature, tuple(lines), refusals, passes)
 
 
 def save(module: EngineModule, path: str | os.PathLike[str]) -> None:

@@ -41,12 +41,18 @@ class Opaque:
     Attributes:
         functions: by name ("torch.cov").
         results: for each, in the order of its calls, the value that it returned for the example.
+        given: for each call the shapes of the tensors that it got.
         dynamic: the model has dynamic dimensions, so sizes of results may be any.
     """
 
     dynamic: bool
     functions: set[str] = field(default_factory=set)
     results: dict[str, list[Any]] = field(default_factory=dict)
+    given: dict[str, list[list[tuple[int, ...]]]] = field(default_factory=dict)
+
+
+class TracedOtherwiseError(Exception):
+    """A module calls a function with other tensors while it is traced than when it runs."""
 
 
 class FailureFinder(TorchFunctionMode):
@@ -76,6 +82,7 @@ class ResultRecorder(TorchFunctionMode):
     def __init__(self, opaque: Opaque) -> None:
         self.opaque = opaque
         self.opaque.results = {name: [] for name in opaque.functions}
+        self.opaque.given = {name: [] for name in opaque.functions}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -86,6 +93,7 @@ class ResultRecorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             result = func(*args, **(kwargs or {}))
         self.opaque.results[name].append(result)
+        self.opaque.given[name].append(_shapes(args, kwargs or {}))
         return result
 
 
@@ -109,6 +117,7 @@ class OpaqueCaller(TorchFunctionMode):
         if name not in self._next or self._next[name] >= len(self.opaque.results.get(name, ())):
             return func(*args, **kwargs)
         example = self.opaque.results[name][self._next[name]]
+        self._require_the_same(name, self.opaque.given[name][self._next[name]], _shapes(args, kwargs))
         self._next[name] += 1
         tensors: list[torch.Tensor] = []
 
@@ -142,6 +151,25 @@ class OpaqueCaller(TorchFunctionMode):
 
         leaves, spec = pytree.tree_flatten(example)
         return pytree.tree_unflatten([rebuild(leaf) for leaf in leaves], spec)
+
+    def _require_the_same(self, name: str, run: list[tuple[int, ...]], traced: list[tuple[Any, ...]]) -> None:
+        """What it returned when the module ran says nothing about a call with other tensors."""
+
+        def same(one: tuple[int, ...], other: tuple[Any, ...]) -> bool:
+            return len(one) == len(other) and all(
+                a == b for a, b in zip(one, other, strict=True) if type(b) is int and not self.opaque.dynamic
+            )
+
+        if len(run) != len(traced) or not all(map(same, run, traced)):
+            raise TracedOtherwiseError(
+                f"{name} gets tensors of other shapes while the module is traced, {traced}, than when it runs, {run}: "
+                "the module does something else while it is traced."
+            )
+
+
+def _shapes(args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The shapes of all tensors among some arguments."""
+    return [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 
 
 def can_be_opaque(name: str) -> bool:

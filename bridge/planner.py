@@ -26,11 +26,11 @@ from .attention import Attention, AttentionReport
 from .backends import get_backend
 from .backends.base import Backend, BuildOptions, Refusal
 from .bounds import with_bounds
-from .build import build_plan
+from .build import build_plan, check_plan
 from .check_passes import run_passes
 from .export import ExportedModule
 from .halving import find_culprit
-from .model import OnnxModel, iterate_nodes
+from .model import OnnxModel, iterate_nodes, origin_of
 from .options import Options
 from .partition import partition
 from .plan import Plan
@@ -40,6 +40,7 @@ from .program import Program
 from .quantize import quantized_nodes
 from .rewrites import Rewrites
 from .stages import Stages
+from .untranslatable import sharing_calls
 from .verify import find_wrong_calls
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ class Planner:
             rounds += 1
             plan = self.plan()
             with self.stages.stage("parse"):
-                refusals = {segment.name: self.backend.check(segment, self.options.build) for segment in plan.segments}
+                refusals = check_plan(plan, self.backend, self.options.build)
             found = [refusal for each in refusals.values() for refusal in each]
             if not found or rounds == _MOST_ROUNDS or not self.learn(found):
                 return plan, refusals
@@ -262,6 +263,10 @@ class Planner:
                 nodes[root] = reason
             elif call and call not in self.calls and call not in self._fixed:
                 calls.setdefault(call, reason)
+        if calls and isinstance(self.source, ExportedModule):
+            types = {r.origin.call: r.op_type for r in refusals if r.origin.call in calls}
+            made = ((origin_of(node).call, node.op_type) for node in self._nodes)
+            calls |= {other: calls[c] for other, c in sharing_calls(self.source.program, types, made).items()}
         if self._add_calls(calls):
             return True
         for refusal in refusals:  # also those whose call has just turned out to be none that can be a plugin

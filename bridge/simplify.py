@@ -40,7 +40,6 @@ def simplify(model: ir.Model) -> None:
             rules.no_op_transpose_rule,
             rules.one_reshape_matmul_reshape_rule,
             rules.reshape_reshape_rule,
-            rules.slice_split_rule,
             rules.squeeze_reshape_1d_rule,
             rules.transpose_transpose_rule,
             rules.two_reshapes_matmul_reshape_rule,

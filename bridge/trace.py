@@ -19,7 +19,7 @@ from ..errors import DynamicShapeError, ExportError
 from .arguments import Arguments, trace_tensors
 from .assertions import drop_truth_checks
 from .guards import guards_always_hold
-from .opaque import FailureFinder, Opaque, OpaqueCaller, ResultRecorder, can_be_opaque
+from .opaque import FailureFinder, Opaque, OpaqueCaller, ResultRecorder, TracedOtherwiseError, can_be_opaque
 from .origins import user_frame
 from .side_effects import side_effects
 from .structure import CONSTANTS, Structure, flatten
@@ -100,10 +100,15 @@ def trace_module(
             return trace(deferred=True, finder=finder)
 
     def trace_somehow() -> torch.export.ExportedProgram:
+        refusal: Exception | None = None
         while True:
             try:
                 return trace_both(contextlib.nullcontext())
+            except TracedOtherwiseError as error:
+                words = _explain_trace(refusal or error, name, arguments)
+                raise type(words)(f"{words}\n{error}") from refusal
             except Exception as error:
+                refusal = error
                 if not _make_opaque(opaque, model, arguments, trace_both):
                     raise _explain_trace(error, name, arguments) from error
 

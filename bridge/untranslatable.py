@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -159,6 +159,32 @@ def alike_calls(program: torch.export.ExportedProgram, calls: Mapping[str, str])
     kinds = {node.name: kind(node) for node in call_nodes(program.graph_module)}
     reasons = {kinds[call]: reason for call, reason in calls.items() if call in kinds}
     return {name: reasons[each] for name, each in kinds.items() if each in reasons} | dict(calls)
+
+
+def sharing_calls(
+    program: torch.export.ExportedProgram, refused: Mapping[str, str], made: Iterable[tuple[str, str]]
+) -> dict[str, str]:
+    """Calls that share a refused node with the call that it is named after.
+
+    Equal nodes of several calls become one, which is the first call's. Without that call each of the others has one of
+    its own, refused like the first.
+
+    Args:
+        program: marked (`mark_calls`).
+        refused: by call the op type of its refused node.
+        made: call and op type of every node of the graph.
+
+    Returns:
+        By call the refused call with which it shares a node: it is the same op on tensors of the same ranks and dtypes,
+        but has no node of that type.
+    """
+    own = set(made)
+    found: dict[str, str] = {}
+    for call, op_type in refused.items():
+        for other in alike_calls(program, {call: ""}):
+            if other not in refused and (other, op_type) not in own:
+                found[other] = call
+    return found
 
 
 def forget_pending_sizes(program: torch.export.ExportedProgram) -> None:

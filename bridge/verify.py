@@ -180,7 +180,7 @@ def _first_wrong_call(
         free = [t for t in recorder.values[call] if index_op and not t.is_floating_point()]
         moved = [relative_error(a, b) for a in mine for b in free if a.shape == b.shape and a.dtype == b.dtype]
         errors[call] = max(own, min(moved, default=0.0))
-        if pairs and all(differ(a, b, coarsest) for a, b in pairs) and own > _GROWTH * before:
+        if pairs and own > _GROWTH * before and all(differ(a, b, coarsest) for a, b in pairs):
             reason = f"its ONNX translation is wrong: {differ(*pairs[0], coarsest)} on the example"
             return {call: reason}
     return {}

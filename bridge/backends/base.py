@@ -214,6 +214,10 @@ class Backend(Protocol):
         """
         ...
 
+    def builds_apart(self, options: BuildOptions, parse_only: bool) -> bool:
+        """Whether segments can be built (or only parsed) at the same time: in processes of their own, and untimed."""
+        ...
+
     def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
         """Ask the parser alone: every node that it refuses, empty where it takes all.
 

@@ -106,6 +106,9 @@ class OnnxRuntimeBackend:
         """
         raise PluginError(f"{call.op} cannot stay inside an engine: {self.plugin_refusal(call, input_specs)}.")
 
+    def builds_apart(self, options: BuildOptions, parse_only: bool) -> bool:
+        return False  # a session is made in this process, and quickly
+
     def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
         """Ask ONNX Runtime for a kernel for every node, with zeros in place of the weights.
 

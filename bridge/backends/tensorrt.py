@@ -7,7 +7,6 @@ import json
 import logging
 import mmap
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -40,8 +38,8 @@ from .base import BackendStatus, BuildOptions, Engine, Executable, Progress, Ref
 from .empty import EmptySafe, can_be_empty, empty_parts
 from .flavour import FLAVOURS, Flavour, find_capabilities, tf32_environment
 from .plugin_library import library_environment, require_library
-from .plugin_nodes import describe_host, hosted_plugins, make_parseable, probe_segment
-from .rtx_faults import avoid_faults, original_name
+from .plugin_nodes import describe_host, hosted_plugins, probe_segment
+from .trt_blame import describe_refusals, failure_words, find_refusals, find_suspects, parsed_graph
 from .trt_run import ENGINE_PART, TensorRtExecutable
 
 if TYPE_CHECKING:
@@ -101,13 +99,17 @@ class TensorRtBackend:
     def host_spec(self, call: PluginCall, input_specs: tuple[TensorSpec, ...]) -> str:
         return describe_host(call, input_specs).to_json()
 
+    def builds_apart(self, options: BuildOptions, parse_only: bool) -> bool:
+        # TensorRT measures kernels on the GPU while it builds; TensorRT-RTX does when an engine first runs.
+        return options.isolate and (parse_only or self.flavour.jit)
+
     def check(self, segment: Segment, options: BuildOptions) -> list[Refusal]:
         self._require_build()
         with _job(self.flavour, segment, options, parse_only=True) as folder:
             outcome = _run(self.flavour, folder, segment, options, None)
-            refusals = _refusals(self.flavour, outcome, segment)
+            refusals = find_refusals(self.flavour, outcome, segment)
             if outcome.error and not refusals:
-                raise BuildError(_failure(self.flavour, segment, outcome))
+                raise BuildError(failure_words(self.flavour, segment, outcome))
             return refusals
 
     def build(self, segment: Segment, options: BuildOptions, progress: Progress | None = None) -> Engine:
@@ -115,11 +117,11 @@ class TensorRtBackend:
         started = time.perf_counter()
         with _job(self.flavour, segment, options, parse_only=False) as folder:
             outcome = _run(self.flavour, folder, segment, options, progress)
-            refusals = _refusals(self.flavour, outcome, segment)
+            refusals = find_refusals(self.flavour, outcome, segment)
             if refusals:
                 raise UnsupportedOpError(describe_refusals(self.flavour.title, refusals), refusals)
             if outcome.error:
-                raise BuildError(_failure(self.flavour, segment, outcome), _suspected(segment, outcome))
+                raise BuildError(failure_words(self.flavour, segment, outcome), find_suspects(segment, outcome))
             plan = _map_file(folder / ENGINE_PART)
         for message in outcome.messages:
             logger.info("%s: %s", segment.name, message)
@@ -197,15 +199,6 @@ def _empty_refusal(call: PluginCall, inputs: Sequence[TensorSpec]) -> str:
     return ""
 
 
-def describe_refusals(title: str, refusals: Sequence[Refusal]) -> str:
-    """One message for all refused nodes."""
-    lines = "\n".join(f"  {index}. {refusal}" for index, refusal in enumerate(refusals, 1))
-    return (
-        f"{title} does not take {len(refusals)} node{'s' * (len(refusals) > 1)} of the graph:\n{lines}\n"
-        "Replace the op in the model, or make it a custom op (torch.library.custom_op), run as a plugin."
-    )
-
-
 @contextmanager
 def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: bool) -> Iterator[Path]:
     """A folder with everything that one build needs; gone afterwards."""
@@ -224,7 +217,7 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
     with tempfile.TemporaryDirectory(prefix="trtbridge-", dir=_scratch_folder(size)) as name:
         folder = Path(name)
         try:
-            (folder / "model.onnx").write_bytes(_parsed(flavour, segment).SerializeToString())
+            (folder / "model.onnx").write_bytes(parsed_graph(flavour, segment).SerializeToString())
             entries = _write_weights(folder / "weights.bin", segment.weights)
         except OSError as error:
             raise BuildError(
@@ -245,12 +238,6 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
         )
         (folder / "job.json").write_text(json.dumps(vars(job)))
         yield folder
-
-
-def _parsed(flavour: Flavour, segment: Segment) -> onnx.ModelProto:
-    """The graph that the parser gets."""
-    proto = make_parseable(segment.proto)
-    return avoid_faults(proto) if flavour.name == "tensorrt_rtx" else proto
 
 
 def _scratch_folder(size_bytes: int) -> str | None:
@@ -348,78 +335,6 @@ def _suspects(segment: Segment) -> str:
         origin = segment.provenance.get(found[0].output[0], Origin())
         return f"Attention with the same tensor as query, key or value crashes it: {found[0].name!r} from {origin}."
     return "To find the node try convert(..., opset=20), another release of the library, or a part of the model."
-
-
-def _refusals(flavour: Flavour, outcome: trt_build.Outcome, segment: Segment) -> list[Refusal]:
-    by_name = {node.name: node for node in segment.proto.graph.node if node.name}
-    by_output = {name: node for node in segment.proto.graph.node for name in node.output if name}
-    parsed = _parsed(flavour, segment).graph.node if outcome.refusals else ()
-    types = _types_by_name(segment)
-    found = []
-    for entry in outcome.refusals:
-        index = entry["index"]
-        node = by_name.get(original_name(entry["name"]))
-        if node is None and 0 <= index < len(parsed):
-            node = by_output.get(original_name(next(filter(None, parsed[index].output), "")))
-        if node is None:
-            found.append(Refusal(entry["name"], entry["op"] or "?", (), entry["reason"]))
-            continue
-        origin = next((segment.provenance[name] for name in node.output if name in segment.provenance), Origin())
-        inputs = tuple(types.get(name, name) for name in node.input if name)
-        found.append(Refusal(node.name, node.op_type, tuple(node.output), entry["reason"], inputs, origin))
-    return found
-
-
-def _types_by_name(segment: Segment) -> dict[str, str]:
-    graph = segment.proto.graph
-    found = {}
-    for value in [*graph.input, *graph.value_info, *graph.output]:
-        tensor = value.type.tensor_type
-        sizes = [str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim]
-        found[value.name] = f"{value.name}: ({', '.join(sizes)}) {ir.DataType(tensor.elem_type).name.lower()}"
-    for initializer in graph.initializer:
-        sizes = list(map(str, initializer.dims))
-        found[initializer.name] = (
-            f"{initializer.name}: ({', '.join(sizes)}) {ir.DataType(initializer.data_type).name.lower()}"
-        )
-    return found
-
-
-def _failure(flavour: Flavour, segment: Segment, outcome: trt_build.Outcome) -> str:
-    """The builder's own words, with the Python lines of the nodes that they name."""
-    words = [message for message in outcome.messages if not message.startswith("WARNING")] or outcome.messages
-    text = f"{flavour.title} {outcome.version} cannot build {segment.name}: {outcome.error}."
-    if words:
-        text += "\n  " + "\n  ".join(words[-8:])
-    for refusal in _suspected(segment, outcome)[:8]:
-        text += f"\n  {refusal.op_type} {refusal.node!r} is from {refusal.origin}"
-    return text
-
-
-def _suspected(segment: Segment, outcome: trt_build.Outcome) -> list[Refusal]:
-    """The nodes that the builder's words are about."""
-    words = [message for message in outcome.messages if not message.startswith("WARNING")] or outcome.messages
-    joined = "\n".join(words)
-    nodes = segment.proto.graph.node
-    named = [node for node in nodes if node.name and re.search(rf"(?<![\w.]){re.escape(node.name)}(?![\w.])", joined)]
-    # The builder may speak of the kind of a node alone: "Attention operation was not supported".
-    named = named or [node for node in nodes if len(node.op_type) > 4 and re.search(rf"\b{node.op_type}\b", joined)]
-    shape_input = re.match(r"input '([^']+)' is used as a shape", outcome.error)
-    if shape_input:
-        words, named = [outcome.error], [node for node in nodes if shape_input[1] in node.input]
-    types = _types_by_name(segment)
-    reason = words[-1] if words else outcome.error
-    return [
-        Refusal(
-            node.name,
-            node.op_type,
-            tuple(node.output),
-            reason,
-            tuple(types.get(name, name) for name in node.input if name),
-            segment.provenance.get(next((name for name in node.output if name), ""), Origin()),
-        )
-        for node in named
-    ]
 
 
 def _target(options: BuildOptions) -> str:

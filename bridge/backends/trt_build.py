@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,13 +25,12 @@ from ...errors import TrtBridgeError
 from ...plugins.tensorrt_v3 import PluginHost, describe_failure, plugin_host
 from .flavour import FLAVOURS, Flavour, target_gpus
 from .plugin_library import require_library
+from .trt_refusals import find_all
 
 if TYPE_CHECKING:
-    import onnx
     import tensorrt as trt
 
 Report = Callable[[str, float], None]
-_MOST_REFUSALS = 100
 
 
 @dataclass(frozen=True)
@@ -132,15 +130,8 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
 
     network, _parser, refusals = parse(model)
     if network is None:
-        outcome.refusals = named = find_unnamed(model, refusals, lambda part: bool(parse(part)[2]))
+        outcome.refusals = find_all(model, refusals, lambda part: parse(part)[2])
         outcome.error = "the parser refuses the graph"
-        # The parser may stop at the first node that it cannot import: without that node it shows the next.
-        while named and len(outcome.refusals) < _MOST_REFUSALS:
-            model = without_nodes(model, {refusal["name"] for refusal in named})
-            named = find_unnamed(model, parse(model)[2], lambda part: bool(parse(part)[2]))
-            known = {refusal["name"] for refusal in outcome.refusals}
-            named = [refusal for refusal in named if refusal["name"] not in known]
-            outcome.refusals += named
         return
     if job.parse_only:
         return
@@ -199,82 +190,6 @@ def _parse(
             }
         )
     return None, parser, refusals
-
-
-def find_unnamed(
-    model: bytes, refusals: list[dict[str, Any]], refused: Callable[[bytes], bool]
-) -> list[dict[str, Any]]:
-    """Refusals with the nodes that they are about, where the parser tells only its function or an initializer.
-
-    Args:
-        model: that was refused.
-        refusals: what the parser said.
-        refused: whether the parser refuses a model.
-    """
-    if all(refusal["name"] for refusal in refusals):
-        return refusals
-    import onnx  # here alone: a build that succeeds does without
-
-    proto = onnx.ModelProto.FromString(model)
-    found: list[dict[str, Any]] = []
-    for refusal in refusals:
-        if refusal["name"]:
-            found.append(refusal)
-            continue
-        words = refusal["reason"]
-        initializer = re.search(r"import initializer: (\S+) \[", words)
-        importer = re.search(r"import(\w+)\]$", words)
-        if initializer:
-            nodes = [node for node in proto.graph.node if initializer[1] in node.input]
-        elif importer:
-            nodes = [node for node in proto.graph.node if node.op_type == importer[1]]
-            if len(nodes) > 1:
-                nodes = [node for node in nodes if refused(_alone(proto, node))] or nodes
-        else:
-            nodes = []
-        found += [{**refusal, "name": node.name, "op": node.op_type} for node in nodes] or [refusal]
-    return found
-
-
-def _alone(model: onnx.ModelProto, node: onnx.NodeProto) -> bytes:
-    """A model of one node; what it reads are inputs or initializers."""
-    import onnx
-
-    proto = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
-    graph = proto.graph
-    graph.name = "alone"
-    graph.node.append(node)
-    graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in node.input)
-    constants = {tensor.name for tensor in graph.initializer}
-    types = {v.name: v for v in [*model.graph.input, *model.graph.value_info, *model.graph.output]}
-    graph.input.extend(types[name] for name in node.input if name in types and name not in constants)
-    graph.output.extend(types.get(name, onnx.ValueInfoProto(name=name)) for name in node.output if name)
-    return bytes(proto.SerializeToString())
-
-
-def without_nodes(model: bytes, names: set[str]) -> bytes:
-    """A model without some nodes: what they make becomes an input, or goes with all that reads it if untyped."""
-    import onnx  # here alone: a build that succeeds does without
-
-    proto = onnx.ModelProto.FromString(model)
-    graph = proto.graph
-    types = {value.name: value for value in [*graph.value_info, *graph.output]}
-    gone: set[str] = set()
-    kept = []
-    for node in graph.node:
-        if node.name in names:
-            graph.input.extend(types[output] for output in node.output if output in types)
-            gone.update(output for output in node.output if output not in types)
-        elif gone.intersection(node.input):
-            gone.update(node.output)
-        else:
-            kept.append(node)
-    made = {name for node in kept for name in node.output}
-    outputs = [value for value in graph.output if value.name in made]
-    del graph.node[:], graph.output[:]
-    graph.node.extend(kept)
-    graph.output.extend(outputs)
-    return bytes(proto.SerializeToString())
 
 
 def _add_profiles(
