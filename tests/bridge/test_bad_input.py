@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.parser
 import pytest
 import torch
 
 import trtbridge as tb
+from trtbridge.bridge.backends import get_backend, trt_build
 from trtbridge.bridge.backends import tensorrt as tensorrt_backend
-from trtbridge.bridge.backends import trt_build
 from trtbridge.bridge.backends.flavour import FLAVOURS
+from trtbridge.bridge.convert import make_planner
+from trtbridge.bridge.options import Options
+from trtbridge.passes.numbers import run
 
 BATCH = tb.Dim("batch", min=1, opt=2, max=4)
 
@@ -319,17 +323,37 @@ def test_builder_that_dies_ends_as_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.rtx
 def test_attention_that_crashes_the_builder(tmp_path: Path) -> None:
-    """A real crash: opset 23's Attention with one tensor as query, key and value takes the builder's process down."""
+    """A real crash: opset 23's Attention with one tensor as query, key and value takes the builder's process down.
+
+    Seen in 1.7.1, where the node is written in the ops of its definition; 1.6.1 builds the node itself.
+    """
     tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
-    if not tensorrt_rtx.__version__.startswith("1.7."):
-        pytest.skip("seen to crash in 1.7.1; 1.6.1 builds it")
+    crashes = tensorrt_rtx.__version__.startswith("1.7.")
     graph = "g (float16[1,2,16,64] x) => (float16[1,2,16,64] y) { y = Attention(x, x, x) }"
     model = onnx.parser.parse_model(f'<ir_version: 11, opset_import: ["" : 23]> {graph}')
-    onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(tb.BuildError, match=r"(?s)took its process down.*same tensor as query, key or value"):
-        tb.convert(tmp_path / "model.onnx", backend="tensorrt_rtx", fallback=False)
-    (call,) = tb.convert(tmp_path / "model.onnx", backend="tensorrt_rtx", plugin_host="segments").program.plugin_calls
-    assert "refuses Attention" in call.reason
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    if crashes:
+        with pytest.raises(tb.BuildError, match=r"(?s)took its process down.*same tensor as query, key or value"):
+            tb.convert(path, backend="tensorrt_rtx", fallback=False)
+
+    planner = make_planner(path, (), None, None, get_backend("tensorrt_rtx"), Options.make({}))
+    program = planner.build()
+    assert (len(program.engines), program.plugin_calls) == (1, ())
+    assert [site.op for site in planner.rewrites.sites] == ["Attention"] * crashes
+    assert all("refuses Attention" in reason for reason in planner.rewrites.sites.values())
+    (segment,) = planner.plan().segments
+    assert not segment.hosted
+    ops = {node.op_type for node in segment.proto.graph.node}
+    assert ("Attention" in ops, "Softmax" in ops) == (not crashes, crashes)
+
+    # What the engine was built from, in ONNX Runtime, against the formula.
+    x = np.random.default_rng(0).standard_normal((1, 2, 16, 64)).astype(np.float16)
+    wide = x.astype(np.float64)
+    weights = np.exp(wide @ wide.swapaxes(-1, -2) / 8)
+    expected = weights / weights.sum(-1, keepdims=True) @ wide
+    (found,) = run(segment.proto, segment.weights, {"x": x}).values()
+    np.testing.assert_allclose(found, expected, atol=4e-3)
 
 
 @pytest.mark.rtx
