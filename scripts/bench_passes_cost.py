@@ -131,8 +131,8 @@ def render(record: dict[str, Any]) -> str:
         f"Made by `scripts/bench_passes.py --cost` on {record['host']}, {record['date']}; {record['versions']}.",
         "",
         "Two models are converted for TensorRT-RTX, each in a process of its own. *Share of time* is that of the",
-        "passes in trace, export and build. Memory is the resident set of the process and its children, sampled every 10 ms:",
-        "the passes' is its growth while they run, the conversion's the growth from its beginning to its peak. No",
+        "passes in trace, export and build. Memory is the resident set of the process and its children, sampled every",
+        "10 ms: the passes' is its growth while they run, the conversion's that from its beginning to its peak. No",
         f"share may exceed {LIMIT:.0%}.",
         "",
         "| model | parameters | trace s | export s | passes s | build s | share of time | passes MiB | "
