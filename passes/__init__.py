@@ -9,6 +9,8 @@ from .fuse_gelu import FuseGelu
 from .fuse_group_norm import FuseGroupNorm
 from .fuse_layer_norm import FuseLayerNorm
 from .fuse_rms_norm import FuseRmsNorm
+from .fuse_rotary_embedding import FuseRotaryEmbedding
+from .fuse_silu import FuseSilu
 from .graft_nodes import graft
 from .merge_casts import MergeCasts
 from .merge_reshapes import MergeReshapes
@@ -34,6 +36,8 @@ __all__ = [
     "FuseGroupNorm",
     "FuseLayerNorm",
     "FuseRmsNorm",
+    "FuseRotaryEmbedding",
+    "FuseSilu",
     "Match",
     "MergeCasts",
     "MergeReshapes",
