@@ -5,6 +5,7 @@ from .default import DEFAULT
 from .fold_constants import FoldConstants
 from .fold_shapes import FoldShapes
 from .fuse_attention import FuseAttention
+from .fuse_batch_norm import FuseBatchNorm
 from .fuse_gelu import FuseGelu
 from .fuse_group_norm import FuseGroupNorm
 from .fuse_layer_norm import FuseLayerNorm
@@ -32,6 +33,7 @@ __all__ = [
     "FoldConstants",
     "FoldShapes",
     "FuseAttention",
+    "FuseBatchNorm",
     "FuseGelu",
     "FuseGroupNorm",
     "FuseLayerNorm",
