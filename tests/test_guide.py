@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
 
-
-def _load() -> ModuleType:
-    name = "trtbridge_tests_guide"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "gpu" / "guide.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-guide = _load()
-
-
-def test_plugins_guide(tmp_path: Path) -> None:
-    found = list(guide.blocks((ROOT / "docs" / "plugins.md").read_text()))
-    assert len(found) >= 12
-    runner = guide.Guide(tmp_path, gpu=False)
-    problems = [problem for block in found if (problem := runner.run(block))]
-    assert not problems, "\n\n".join(problems)
-    assert len(runner.outputs) >= 9
+def test_plugins_guide(run_guide: Callable[..., Any]) -> None:
+    run_guide("plugins.md", blocks=12, outputs=9)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +27,7 @@ def test_plugins_guide(tmp_path: Path) -> None:
         ("```console\n$ trtbridge --version\ntrtbridge 0...\n```\n", ""),
     ],
 )
-def test_the_runner_itself(text: str, words: str, tmp_path: Path) -> None:
+def test_the_runner_itself(guide: ModuleType, text: str, words: str, tmp_path: Path) -> None:
     runner = guide.Guide(tmp_path, gpu=False)
     problems = [runner.run(block) for block in guide.blocks(text)]
     assert words in problems[-1]

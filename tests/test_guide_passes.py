@@ -2,30 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
-ROOT = Path(__file__).parent.parent
+from collections.abc import Callable
+from typing import Any
 
 
-def _load() -> ModuleType:
-    name = "trtbridge_tests_guide_passes"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "gpu" / "guide.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_passes_guide(tmp_path: Path) -> None:
-    guide = _load()
-    found = list(guide.blocks((ROOT / "docs" / "passes.md").read_text()))
-    assert len(found) >= 8
-    runner = guide.Guide(tmp_path, gpu=False)
-    problems = [problem for block in found if (problem := runner.run(block))]
-    assert not problems, "\n\n".join(problems)
-    assert len(runner.outputs) >= 6
+def test_passes_guide(run_guide: Callable[..., Any]) -> None:
+    run_guide("passes.md", blocks=8, outputs=6)

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
+from collections.abc import Callable
+from typing import Any
 
 
-def test_precision_guide(tmp_path: Path) -> None:
-    name = "trtbridge_tests_guide_precision"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "gpu" / "guide.py")
-    assert spec is not None
-    assert spec.loader is not None
-    guide = importlib.util.module_from_spec(spec)
-    sys.modules[name] = guide
-    spec.loader.exec_module(guide)
-    found = list(guide.blocks((ROOT / "docs" / "precision.md").read_text()))
-    assert len(found) == 4
-    runner = guide.Guide(tmp_path, gpu=False)
-    problems = [problem for block in found if (problem := runner.run(block))]
-    assert not problems, "\n\n".join(problems)
+def test_precision_guide(run_guide: Callable[..., Any]) -> None:
+    run_guide("precision.md", blocks=4, outputs=3)
