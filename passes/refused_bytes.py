@@ -13,7 +13,7 @@ _T = onnx.TensorProto
 _VALUES = 256
 TABLES = {"BitwiseAnd": np.bitwise_and, "BitwiseOr": np.bitwise_or, "BitwiseXor": np.bitwise_xor}
 
-WRAPPING = ("Add", "Mul", "Sub", "Sum")
+WRAPPING = ("Add", "Mul", "Sub")
 """What may leave the range of uint8, and wraps around there."""
 
 OPS = (

@@ -41,7 +41,6 @@ def _feeds(model: onnx.ModelProto, ranges: dict[str, tuple[int, int]] | None = N
     return feeds
 
 
-BYTES = {"x": (0, 255), "w": (1, 255)}
 # Graph, opset, tolerance (0: bit for bit), ranges of integer inputs.
 CASES: dict[str, tuple[str, int, float, dict[str, tuple[int, int]]]] = {
     "Col2Im, dynamic batch": (
@@ -179,31 +178,6 @@ CASES: dict[str, tuple[str, int, float, dict[str, tuple[int, int]]]] = {
         "g (float[7,4] x) => (float[5,6] y) <int64[2] s = {5,6}> { [n] y = CenterCropPad (x, s) }", 22, 0, {}),
     "CenterCropPad": (
         "g (float[7,4] x) => (float[5,6] y) <int64[2] s = {5,6}> { [n] y = CenterCropPad (x, s) }", 18, 0, {}),
-    "uint8 sum": ("g (uint8[5,6] x, uint8[5,6] w) => (uint8[5,6] y) <uint8 low = {10}, uint8 high = {100}> "
-        "{ [n] y = Add (x, w) }", 18, 0, BYTES),
-    "uint8 difference": ("g (uint8[5,6] x, uint8[5,6] w) => (uint8[5,6] y) <uint8 low = {10}, uint8 high = {100}> "
-        "{ [n] y = Sub (x, w) }", 18, 0, BYTES),
-    "uint8 product": ("g (uint8[5,6] x, uint8[5,6] w) => (uint8[5,6] y) <uint8 low = {10}, uint8 high = {100}> "
-        "{ [n] y = Mul (x, w) }", 18, 0, BYTES),
-    "uint8 quotient": ("g (uint8[5,6] x, uint8[5,6] w) => (uint8[5,6] y) <uint8 low = {10}, uint8 high = {100}> "
-        "{ [n] y = Div (x, w) }", 18, 0, BYTES),
-    "uint8 largest": ("g (uint8[5,6] x, uint8[5,6] w) => (uint8[5,6] y) <uint8 low = {10}, uint8 high = {100}> "
-        "{ [n] y = Max (x, w) }", 18, 0, BYTES),
-    "uint8, bounded": ("g (uint8[5,6] x, uint8[5,6] w) => (uint8[5,6] y) <uint8 low = {10}, uint8 high = {100}> "
-        "{ [n] y = Clip (x, low, high) }", 18, 0, BYTES),
-    "uint8 bits, and": ("g (uint8[5,6] x, uint8[5,6] w) => (uint8[5,6] y) <uint8 low = {10}, uint8 high = {100}> "
-        "{ [n] y = BitwiseAnd (x, w) }", 18, 0, BYTES),
-    "uint8 bits, or": ("g (uint8[5,6] x, uint8[5,6] w) => (uint8[5,6] y) <uint8 low = {10}, uint8 high = {100}> "
-        "{ [n] y = BitwiseOr (x, w) }", 18, 0, BYTES),
-    "uint8 bits, not": ("g (uint8[5,6] x, uint8[5,6] w) => (uint8[5,6] y) <uint8 low = {10}, uint8 high = {100}> "
-        "{ [n] y = BitwiseNot (x) }", 18, 0, BYTES),
-    "uint8 comparison": ("g (uint8[5,6] x, uint8[5,6] w) => (bool[5,6] y) { [n] y = Less (x, w) }", 18, 0, BYTES),
-    "uint8 transposed": ("g (uint8[5,6] x) => (uint8[6,5] y) { [n] y = Transpose (x) }", 18, 0, BYTES),
-    "uint8 in pieces": (
-        "g (uint8[5,6] x) => (uint8[5,3] y, uint8[5,3] z) { [n] y, z = Split <axis = 1, num_outputs = 2> (x) }",
-        18, 0, BYTES),
-    "uint8 picked": (
-        "g (uint8[5,6] x, int64[3] i) => (uint8[3,6] y) { [n] y = Gather (x, i) }", 18, 0, {**BYTES, "i": (-5, 4)}),
     "Attention, causal": (
         """g (float[2,3,4,8] q, float[2,3,6,8] k, float[2,3,6,8] v) => (float[2,3,4,8] y)
         { [n] y = Attention <is_causal = 1> (q, k, v) }""", 23, 1e-5, {}),
@@ -331,19 +305,6 @@ def test_a_weight_is_neither_read_nor_copied(tools: SimpleNamespace) -> None:
     weights["w"] = tools.Unreadable("w", weights["w"].dtype, (40,))
     result = tools.apply(ONE, model, weights, rewrites=1)
     assert result.weights["w"] is weights["w"]
-
-
-def test_no_uint8_stands_between_rewritten_nodes(tools: SimpleNamespace) -> None:
-    """TensorRT has uint8 at inputs and results alone."""
-    model = tools.model(
-        """g (uint8[5,6] x, uint8[5,6] w) => (uint8[6,5] y, float[5,6] z)
-        { [a] s = Add (x, w) [b] m = Mul (s, w) [c] y = Transpose (m) z = Cast <to = 1> (s) }""",
-        18,
-    )
-    item = RewriteRefused(frozenset({"a", "b", "c"}))
-    result = tools.apply(item, model, rewrites=3, feeds=_feeds(model, BYTES))
-    small = {value.name for value in result.proto.graph.value_info if value.type.tensor_type.elem_type == _T.UINT8}
-    assert not small & {name for node in result.proto.graph.node for name in node.input}
 
 
 def test_limits_hold_for_every_case(tools: SimpleNamespace) -> None:
