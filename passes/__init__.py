@@ -5,10 +5,13 @@ from .default import DEFAULT
 from .fold_constants import FoldConstants
 from .fold_shapes import FoldShapes
 from .fuse_attention import FuseAttention
+from .fuse_batch_norm import FuseBatchNorm
 from .fuse_gelu import FuseGelu
 from .fuse_group_norm import FuseGroupNorm
 from .fuse_layer_norm import FuseLayerNorm
 from .fuse_rms_norm import FuseRmsNorm
+from .fuse_rotary_embedding import FuseRotaryEmbedding
+from .fuse_silu import FuseSilu
 from .graft_nodes import graft
 from .merge_casts import MergeCasts
 from .merge_reshapes import MergeReshapes
@@ -30,10 +33,13 @@ __all__ = [
     "FoldConstants",
     "FoldShapes",
     "FuseAttention",
+    "FuseBatchNorm",
     "FuseGelu",
     "FuseGroupNorm",
     "FuseLayerNorm",
     "FuseRmsNorm",
+    "FuseRotaryEmbedding",
+    "FuseSilu",
     "Match",
     "MergeCasts",
     "MergeReshapes",

@@ -33,5 +33,6 @@ DEFAULT = Pipeline(
 """What every conversion runs.
 
 The fusions of norms and GELU are not among them: TensorRT-RTX finds these by itself, and its engines were no faster for
-them (docs/bench-passes.md). They are for graphs that overflow in 16 bits, or go elsewhere.
+them (docs/bench-passes.md). They are for graphs that overflow in 16 bits, or go elsewhere. Those of rotary embedding
+and SiLU need opset 23 and 24, and have not been timed on a GPU.
 """

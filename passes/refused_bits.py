@@ -6,18 +6,21 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from . import refused_bytes
 from .refused_fragment import CannotRewriteError, Fragment, need, need_type
 from .surgery import element_type, is_standard
 
 _T = onnx.TensorProto
 _SIGNED = (_T.INT32, _T.INT64)
-_TABLES = {"BitwiseAnd": np.bitwise_and, "BitwiseOr": np.bitwise_or, "BitwiseXor": np.bitwise_xor}
 _DIGIT = 16
 _OTHER = "what is made of the shifted bits is not a signed number shifted"
 
 
 def invert(f: Fragment) -> None:
     """BitwiseNot of a signed integer: -1 - x, which never overflows."""
+    if f.element(0) == _T.UINT8:
+        refused_bytes.invert(f)
+        return
     element = need_type(f, 0, _SIGNED)
     f.result(f.op("Sub", f.scalar(-1, element), f.input(0)))
 
@@ -28,6 +31,9 @@ def binary(f: Fragment) -> None:
     A digit of x in two's complement is floor(x / 16^i) mod 16, also where x is negative. A mask of the lowest bits is
     a remainder.
     """
+    if f.element(0) == f.element(1) == _T.UINT8:
+        refused_bytes.bits(f)
+        return
     element = need_type(f, 0, _SIGNED)
     need(f.element(1) == element, "its inputs have several types")
     for index in (0, 1):
@@ -49,7 +55,7 @@ def binary(f: Fragment) -> None:
     powers = [_DIGIT**i for i in range(digits)]
     one, two = (_digits(f, f.input(index), element, f.rank(index), powers) for index in (0, 1))
     place = f.op("Add", f.op("Mul", one, f.const(_DIGIT, np.int64)), two)
-    table = _TABLES[f.node.op](np.arange(_DIGIT)[:, None], np.arange(_DIGIT)[None, :]).reshape(-1)
+    table = refused_bytes.TABLES[f.node.op](np.arange(_DIGIT)[:, None], np.arange(_DIGIT)[None, :]).reshape(-1)
     found = f.op("Gather", f.const(table, np.int64), place, axis=0)
     rank = max(f.rank(0), f.rank(1))
     # The highest digit stands for -8..7, so that nothing overflows; int64 is added up in two halves, because ONNX

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from . import refused_bits as bits
+from . import refused_bytes
 from . import refused_calls as calls
 from . import refused_functions as functions
 from . import refused_scatter as scatter
@@ -24,6 +25,7 @@ _DEFINED = (
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_DEFINED, functions.inline),
+    **dict.fromkeys(refused_bytes.OPS, refused_bytes.through_int32),
     "AveragePool": windows.average_pool,
     "BitShift": bits.shift,
     "BitwiseAnd": bits.binary,

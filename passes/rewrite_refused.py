@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from ..nodes import DOMAIN, OP_ATTRIBUTE
 from .pipeline import Notes, Pass
+from .refused_bytes import join
 from .refused_fragment import CannotRewriteError, Fragment
 from .refused_rules import RULES, Rule
 from .surgery import is_standard, output_ids, redirect, remove_nodes, scopes, set_output
@@ -65,6 +66,7 @@ class RewriteRefused(Pass):
                 count += 1
             if dead:
                 scope.nodes = [each for node in scope.nodes for each in (*replaced.get(id(node), ()), node)]
+                join(scope.nodes, _MARK)
                 makers = [maker for node in dead for tensor in node.inputs for maker in tensor.inputs]
                 remove_nodes(scope, dead)
                 here = {id(node) for node in scope.nodes}

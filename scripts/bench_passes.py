@@ -2,7 +2,7 @@
 
     python scripts/bench_passes.py --json FILE [--models NAME ...] [--passes NAME ...] [--dtype float16] [--workers 6]
     python scripts/bench_passes.py --render FILE ...       docs/bench-passes.md, of the records of one or more runs
-    python scripts/bench_passes.py --cost [--json FILE]    the pipeline's own time and memory, beside export and build
+    python scripts/bench_passes.py --cost [--json FILE]    docs/bench-passes-cost.md: the pipeline's own time and memory
 
 Every model is converted with the default pipeline, twice (the second says what noise is), and once less each pass
 that rewrote something in it: a pass that rewrote nothing cannot matter. Conversions run several at once, each in a
@@ -42,7 +42,9 @@ Row = dict[str, Any]
 
 _LEGEND = (
     "Times are multiples of that with the default pipeline, whose second conversion gives the noise: above 1 the pass "
-    "helps. Cosine is that to eager float32. A pass that rewrites nothing in a model is left out there."
+    "helps. Cosine is that to eager float32. A pass that rewrites nothing in a model is left out there. *Worse than "
+    f"noise* is a time without the pass below 1 by more than its noise and {NOISE:.0%}, the least difference of two "
+    "medians that counts."
 )
 
 
@@ -322,7 +324,7 @@ def main() -> int:
     parser.add_argument("--convert-timeout", type=float, default=300, metavar="S")
     parser.add_argument("--work", type=Path, help="folder of converted models (default: a temporary one)")
     parser.add_argument("--render", type=Path, nargs="+", metavar="JSON")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench-passes.md")
+    parser.add_argument("--out", type=Path, help="the page (default: docs/bench-passes.md; with --cost, its own)")
     parser.add_argument("--cost", action="store_true", help="the pipeline's own time and memory")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -330,12 +332,13 @@ def main() -> int:
         convert(*options.worker[:3], Path(options.worker[3]))
         return 0
     if options.render:
-        say(render([json.loads(path.read_text()) for path in options.render], options.out))
+        page = options.out or ROOT / "docs" / "bench-passes.md"
+        say(render([json.loads(path.read_text()) for path in options.render], page))
         return 0
     if options.cost:
         import bench_passes_cost
 
-        return bench_passes_cost.main(options.json)
+        return bench_passes_cost.main(options.json, options.out or ROOT / "docs" / "bench-passes-cost.md")
     if options.json is None:
         parser.error("--json FILE is needed")
     if options.work is not None:

@@ -8,12 +8,15 @@ from its beginning to its peak.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +100,6 @@ class Memory:
 
 def worker(name: str) -> None:
     """Convert one model and print what it cost as JSON."""
-    import torch
-
     import trtbridge as tb
     from trtbridge.bridge import convert as _pipeline  # noqa: F401  # its imports are no part of a conversion
 
@@ -117,32 +118,70 @@ def worker(name: str) -> None:
         "share_of_time": seconds["passes"] / spent,
         "passes_bytes": max(0, memory.peak.get("passes", 0) - memory.begin["passes"]),
         "convert_bytes": max(memory.peak.values()) - start,
-        "torch": torch.__version__,
     }
     row["share_of_memory"] = row["passes_bytes"] / row["convert_bytes"]
     print(json.dumps(row))
 
 
-def main(out: Path | None) -> int:
-    """Run all in processes of their own; 1 where a share exceeds the limit."""
-    rows = []
+def render(record: dict[str, Any]) -> str:
+    """The page in Markdown."""
+    lines = [
+        "# Passes: what the default pipeline costs",
+        "",
+        f"Made by `scripts/bench_passes.py --cost` on {record['host']}, {record['date']}; {record['versions']}.",
+        "",
+        "Two models are converted for TensorRT-RTX, each in a process of its own. *Share of time* is that of the",
+        "passes in trace, export and build. Memory is the resident set of the process and its children, sampled every",
+        "10 ms: the passes' is its growth while they run, the conversion's that from its beginning to its peak. No",
+        f"share may exceed {LIMIT:.0%}.",
+        "",
+        "| model | parameters | trace s | export s | passes s | build s | share of time | passes MiB | "
+        "conversion MiB | share of memory |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        seconds = row["stage_s"]
+        lines.append(
+            f"| {row['model']} | {row['parameters']:,} | {seconds['trace']:.1f} | {seconds['export']:.1f} | "
+            f"{seconds['passes']:.2f} | {seconds['build']:.1f} | {row['share_of_time']:.1%} | "
+            f"{row['passes_bytes'] / 2**20:.0f} | {row['convert_bytes'] / 2**20:.0f} | {row['share_of_memory']:.1%} |"
+        )
+    wrong = too_much(record["rows"])
+    lines += ["", f"Above {LIMIT:.0%}: " + ("; ".join(wrong) if wrong else "nothing") + "."]
+    return "\n".join(lines) + "\n"
+
+
+def too_much(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Shares above the limit, in words."""
+    return [
+        f"{row['model']}, {row[share]:.1%} of {share.rpartition('_')[2]}"
+        for row in rows
+        for share in ("share_of_time", "share_of_memory")
+        if row[share] > LIMIT
+    ]
+
+
+def main(record_path: Path | None, page: Path) -> int:
+    """Run all in processes of their own and write the page; 1 where a share exceeds the limit."""
+    names = ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "tensorrt-rtx-cu13", "transformers")
+    record = {
+        "host": f"{os.cpu_count()} CPUs, Python {platform.python_version()}",
+        "date": f"{dt.datetime.now(dt.timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in names),
+        "rows": [],
+    }
     for name in MODELS:
-        started = time.perf_counter()
         done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=False)
         if done.returncode:
             print(done.stderr[-3000:], file=sys.stderr)
             return 1
-        row = json.loads(done.stdout.splitlines()[-1])
-        rows.append(row)
-        print(
-            f"{name}: passes {row['stage_s']['passes']:.2f} s, {row['share_of_time']:.1%} of export plus build; memory "
-            f"{row['passes_bytes'] / 2**20:.0f} MiB, {row['share_of_memory']:.1%} of the conversion's "
-            f"{row['convert_bytes'] / 2**20:.0f} MiB ({time.perf_counter() - started:.0f} s in all: {row['stage_s']})",
-            flush=True,
-        )
-        if out is not None:
-            out.write_text(json.dumps(rows, indent=1) + "\n")
-    return int(any(row["share_of_time"] > LIMIT or row["share_of_memory"] > LIMIT for row in rows))
+        record["rows"].append(json.loads(done.stdout.splitlines()[-1]))
+        if record_path is not None:
+            record_path.write_text(json.dumps(record, indent=1) + "\n")
+    text = render(record)
+    page.write_text(text)
+    print(text)
+    return int(bool(too_much(record["rows"])))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hypothesis
@@ -27,6 +30,40 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def guide() -> ModuleType:
+    """tests/gpu/guide.py, which runs the code of a Markdown guide."""
+    name = "trtbridge_tests_guide"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "gpu" / "guide.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_guide(guide: ModuleType, tmp_path: Path) -> Callable[..., Any]:
+    """Run a page of docs/: every file and command in it works as it says."""
+
+    def run(page: str, blocks: int, outputs: int, prepare: Callable[[Any], None] | None = None) -> Path:
+        """The folder that it ran in; it must have at least so many blocks, and commands whose output was compared."""
+        found = list(guide.blocks((Path(__file__).parent.parent / "docs" / page).read_text()))
+        assert len(found) >= blocks
+        folder = tmp_path / "guide"
+        folder.mkdir()
+        runner = guide.Guide(folder, gpu=False)
+        if prepare is not None:
+            prepare(runner)
+        problems = [problem for block in found if (problem := runner.run(block))]
+        assert not problems, "\n\n".join(problems)
+        assert len(runner.outputs) >= outputs
+        return folder
+
+    return run
 
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]

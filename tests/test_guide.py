@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-
-def _load() -> ModuleType:
-    name = "trtbridge_tests_guide"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "gpu" / "guide.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-guide = _load()
-
 
 # With the least number of blocks and commands: one that is no longer found would no longer be tested.
 PAGES = {
@@ -38,13 +21,9 @@ PAGES = {
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page(page: str, tmp_path: Path) -> None:
-    found = list(guide.blocks((ROOT / "docs" / f"{page}.md").read_text()))
-    runner = guide.Guide(tmp_path, gpu=False)
-    problems = [problem for block in found if (problem := runner.run(block))]
-    assert not problems, "\n\n".join(problems)
-    assert len(found) >= PAGES[page][0]
-    assert len(runner.outputs) >= PAGES[page][1]
+def test_page(page: str, run_guide: Callable[..., Any]) -> None:
+    blocks, commands = PAGES[page]
+    run_guide(f"{page}.md", blocks=blocks, outputs=commands)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +39,7 @@ def test_page(page: str, tmp_path: Path) -> None:
         ("```console\n$ trtbridge --version\ntrtbridge 0...\n```\n", ""),
     ],
 )
-def test_the_runner_itself(text: str, words: str, tmp_path: Path) -> None:
+def test_the_runner_itself(guide: ModuleType, text: str, words: str, tmp_path: Path) -> None:
     runner = guide.Guide(tmp_path, gpu=False)
     problems = [runner.run(block) for block in guide.blocks(text)]
     assert words in problems[-1]

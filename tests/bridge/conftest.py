@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import trtbridge as tb
+from trtbridge.bridge import convert as convert_module
 from trtbridge.bridge import localize as localize_module
 from trtbridge.bridge.export import ExportedModule
 from trtbridge.bridge.model import OnnxModel
@@ -25,11 +26,11 @@ _CACHE: dict[Any, Any] = {}
 
 @pytest.fixture
 def export_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """localize() traces and exports a module once for all calls alike: that is what takes the time."""
+    """localize() and convert() trace and export a module once for all calls alike: that is what takes the time."""
     real_trace, real_export = localize_module.trace, ExportedModule.to_onnx
 
     def trace(model: torch.nn.Module, args: Any, kwargs: Any, **options: Any) -> Any:
-        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        tensors = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, torch.Tensor)]
         values = tuple((one.dtype, one.double().numpy().tobytes(), tuple(one.shape)) for one in tensors)
         return _kept((id(model), values, repr(options)), real_trace, model, args, kwargs, **options)
 
@@ -37,6 +38,7 @@ def export_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return _kept((id(self), tuple(plugins)), real_export, self, plugins)
 
     monkeypatch.setattr(localize_module, "trace", trace)
+    monkeypatch.setattr(convert_module, "trace", trace)
     monkeypatch.setattr(ExportedModule, "to_onnx", to_onnx)
 
 

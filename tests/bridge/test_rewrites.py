@@ -48,6 +48,7 @@ def _masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 FLOATS, INTS = torch.randn(3, 10), torch.randint(-1000, 1000, (5, 6))
+BYTES = torch.randint(0, 256, (5, 6), dtype=torch.uint8)
 # Each of these was a plugin, or several, on TensorRT-RTX.
 ONE_ENGINE: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "fold": (lambda x: F.fold(F.unfold(x, 3, padding=1) * 2, (6, 6), 3, padding=1), (torch.randn(1, 2, 6, 6),)),
@@ -65,6 +66,9 @@ ONE_ENGINE: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "bits": (lambda x, y: (x & y) | ((x ^ 5) & 3), (INTS, INTS.flip(0))),
     "shifts": (lambda x: (x >> 3) + (~x << 2), (INTS,)),
     "shifts of int32": (lambda x: (x >> 3) + (~x << 2), (INTS.int(),)),
+    "bytes": (lambda x, y: (((x + y) * 3).clamp(10, 200) & (y ^ 255)).float() / 255, (BYTES, BYTES.flip(0))),
+    "bytes compared and moved": (
+        lambda x, y: torch.where(x > 100, x, y).T.reshape(2, -1)[:, 1:], (BYTES, BYTES.flip(0))),
     "running product": (lambda x: torch.cumprod(x * 2, 1), (FLOATS,)),
     "scatter add": (lambda x, i: torch.zeros(4, 6).scatter_add(0, i, x) + 1,
                     (torch.randn(4, 6), torch.randint(0, 4, (4, 6)))),
@@ -96,7 +100,9 @@ def test_no_plugin_any_more(case: str, assert_same: Callable[..., None]) -> None
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("case", ["fold", "max pool with indices", "bits", "shifts", "real Fourier transforms"])
+@pytest.mark.parametrize(
+    "case", ["fold", "max pool with indices", "bits", "shifts", "bytes", "real Fourier transforms"]
+)
 def test_it_builds_as_one_engine(case: str, convert_both: Callable[..., Any]) -> None:
     function, args = ONE_ENGINE[case]
     _, built = convert_both(_module(function), [(args, {})])

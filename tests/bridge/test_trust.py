@@ -45,11 +45,16 @@ class Swap(Pass):
         return len(found)
 
 
+NET = Net().eval()  # one for all tests, so that it is exported once
+
 X = (torch.randn(4, 40, generator=torch.Generator().manual_seed(0)),)
 
 
 def _convert(module: torch.nn.Module, args: tuple[torch.Tensor, ...] = X, **options: object) -> tb.EngineModule:
     return tb.convert(module.eval(), args, backend="onnxruntime", **options)
+
+
+pytestmark = pytest.mark.usefixtures("export_once")
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +76,7 @@ def test_the_first_pass_and_node_are_named(tmp_path: Path) -> None:
         Swap("Sigmoid", "Tanh"), before=RemoveDeadNodes
     )
     with pytest.raises(tb.PassError) as raised:
-        _convert(Net(), check_passes=True, passes=passes)
+        _convert(NET, check_passes=True, passes=passes)
     text = str(raised.value)
     assert re.match(r"Swap changed the model's numbers: output 'output_0' changed by up to 0\.\d+, its largest", text)
     assert re.search(r"The first tensor that changed is 'relu': it changed by up to [\d.]+, its largest", text)
@@ -86,8 +91,8 @@ def test_the_first_pass_and_node_are_named(tmp_path: Path) -> None:
 def test_a_node_behind_a_plugin_is_found() -> None:
     passes = tb.DEFAULT.insert(Swap("Sigmoid", "Tanh"), before=RemoveDeadNodes)
     with pytest.raises(tb.PassError, match=r"first tensor that changed is 'sigmoid'[^\n]*\n  made by Tanh"):
-        _convert(Net(), check_passes=True, passes=passes)
-    assert _convert(Net(), passes=passes).program.steps, "nobody notices without the check"
+        _convert(NET, check_passes=True, passes=passes)
+    assert _convert(NET, passes=passes).program.steps, "nobody notices without the check"
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,10 @@ class Coarse(Swap):
 
 def test_a_pass_may_say_how_far_it_changes_numbers() -> None:
     passes = tb.DEFAULT.insert(Coarse("Sigmoid", "Tanh"), before=RemoveDeadNodes)
-    _convert(Net(), check_passes=True, passes=passes)
+    _convert(NET, check_passes=True, passes=passes)
     passes = tb.DEFAULT.insert(Coarse("Sigmoid", "Tanh", 1e-3), before=RemoveDeadNodes)
     with pytest.raises(tb.PassError, match="Coarse changed the model's numbers"):
-        _convert(Net(), check_passes=True, passes=passes)
+        _convert(NET, check_passes=True, passes=passes)
 
 
 class Random(torch.nn.Module):
@@ -148,7 +153,7 @@ def test_an_onnx_file_is_checked_on_random_numbers(tmp_path: Path) -> None:
 
 def test_dumped_graphs(tmp_path: Path) -> None:
     folder = tmp_path / "graphs"
-    _convert(Net(), dump_graphs=folder)
+    _convert(NET, dump_graphs=folder)
     files = sorted(folder.glob("*.onnx"))
     assert [path.stem.partition("_")[2] for path in files][: len(tb.DEFAULT) + 1] == [
         "model", *(item.name for item in tb.DEFAULT)
@@ -173,4 +178,4 @@ def test_dumped_graphs(tmp_path: Path) -> None:
 )
 def test_wrong_options(options: dict[str, object], words: str) -> None:
     with pytest.raises(tb.OptionError, match=re.escape(words)):
-        _convert(Net(), **options)
+        _convert(NET, **options)

@@ -16,14 +16,18 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_passes.py"
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_passes", SCRIPT)
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    return _load(SCRIPT)
 
 
 def row(model: str, variant: str, ms: float | None = None, error: str = "", **more: Any) -> dict[str, Any]:
@@ -61,6 +65,19 @@ def test_tables(bench: ModuleType, tmp_path: Path) -> None:
     written = (tmp_path / "out.md").read_text()
     assert "on a GPU, today; torch 2." in written
     assert written.endswith(text)
+
+
+def test_the_page_of_costs() -> None:
+    cost = _load(SCRIPT.with_name("bench_passes_cost.py"))
+    cheap = {"model": "small", "parameters": 1000, "stage_s": {"trace": 1.0, "export": 2, "passes": 0.25, "build": 7},
+             "share_of_time": 0.025, "passes_bytes": 2**20, "convert_bytes": 100 * 2**20,
+             "share_of_memory": 0.01}  # fmt: skip
+    dear = {**cheap, "model": "large", "share_of_memory": 0.2}
+    record = {"host": "a machine", "date": "today", "versions": "torch 2", "rows": [cheap, dear]}
+    text = cost.render(record)
+    assert "| small | 1,000 | 1.0 | 2.0 | 0.25 | 7.0 | 2.5% | 1 | 100 | 1.0% |" in text
+    assert text.endswith("\nAbove 10%: large, 20.0% of memory.\n")
+    assert cost.too_much([cheap]) == []
 
 
 def test_a_dry_run_and_another(tmp_path: Path) -> None:
