@@ -13,12 +13,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import BinaryIO
 
 import platformdirs
 import torch
 
 from ..errors import CacheError
+from .atomic import write_atomically
+
+__all__ = ["ENVIRONMENT_VARIABLE", "JitCacheFile", "resolve_cache_dir", "write_atomically"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +55,6 @@ def resolve_cache_dir(cache_dir: str | os.PathLike[str] | None) -> Path | None:
             ) from error
         logger.info("no cache: %s cannot be written (%s)", folder, error)
         return None
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that readers see the old content or the whole new one.
-
-    Args:
-        path: the file.
-        write: puts the content into an open file.
-    """
-    # In a folder of its own the new file gets the permissions that any new file gets.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        new = Path(folder) / path.name
-        with new.open("wb") as file:
-            write(file)
-        new.replace(path)
 
 
 class JitCacheFile:
