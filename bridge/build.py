@@ -8,12 +8,19 @@ import torch
 from ..errors import BuildError, UnsupportedOpError
 from .backends.base import Backend, BuildOptions, Progress
 from .dtypes import to_torch
+from .engine_cache import EngineCache
 from .plan import Plan, PluginCall
 from .program import EngineStep, Program, Step
 
 
-def build_plan(plan: Plan, backend: Backend, options: BuildOptions, progress: Progress | None = None) -> Program:
-    """Build every segment of a plan.
+def build_plan(
+    plan: Plan,
+    backend: Backend,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    cache: EngineCache | None = None,
+) -> Program:
+    """Build every segment of a plan, or take its engine from the cache.
 
     Raises:
         UnsupportedOpError, BuildError: as `Backend.build`; ``segment`` says which.
@@ -26,7 +33,11 @@ def build_plan(plan: Plan, backend: Backend, options: BuildOptions, progress: Pr
             continue
         done = sum(isinstance(made, EngineStep) for made in steps)
         try:
-            steps.append(EngineStep(step.name, backend.build(step, options, _share(progress, done, count))))
+            share = _share(progress, done, count)
+            engine = (
+                backend.build(step, options, share) if cache is None else cache.build(step, backend, options, share)
+            )
+            steps.append(EngineStep(step.name, engine))
         except (UnsupportedOpError, BuildError) as error:
             error.segment = step.name
             raise

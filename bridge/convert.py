@@ -16,6 +16,7 @@ from .attention import make_attention
 from .backends import choose_backend
 from .backends.base import Backend, Refusal
 from .cache import resolve_cache_dir
+from .conversion_cache import ConversionCache
 from .export import DEFAULT_OPSET, ExportedModule, trace
 from .model import OnnxModel, Signature
 from .module import EngineModule, describe_plugin, pick_device
@@ -74,6 +75,10 @@ def convert(
 
         require_running_here(builder.name, device)
     planner = make_planner(model, args, kwargs, dynamic_shapes, builder, chosen)
+    cache = None
+    if chosen.cache:
+        with planner.stages.stage("cache"):
+            cache = ConversionCache.begin(planner, chosen)
     program = planner.build()
     info = {
         "backend_choice": reason,
@@ -85,6 +90,8 @@ def convert(
         "learned": planner.learned,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
+    if cache is not None:
+        info["cache"] = cache.end(planner)
     if planner.precision is not None:
         info["precision"] = planner.precision.to_json()
     module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)

@@ -128,6 +128,8 @@ def _reached(function: types.FunctionType) -> tuple[list[Any], list[str]]:
     """What a function's code names: functions, kernels and classes of the same project, and constants as text."""
     found: list[Any] = []
     constants: list[str] = []
+    modules: set[types.ModuleType] = set()
+    names = list(dict.fromkeys(_names(function.__code__)))
 
     def take(name: str, value: Any) -> None:
         value = getattr(value, "value", value) if type(value).__name__ == "constexpr" else value
@@ -137,14 +139,14 @@ def _reached(function: types.FunctionType) -> tuple[list[Any], list[str]]:
             texts = [repr(entry) for entry in value if isinstance(entry, _CONSTANTS)]
             constants.append(f"{name} = {sorted(texts) if isinstance(value, (set, frozenset)) else texts}")
         elif isinstance(value, types.ModuleType):
-            if not _is_foreign(value.__name__):
+            if not _is_foreign(value.__name__) and value not in modules:
+                modules.add(value)
                 for inner in names:
                     if inner in vars(value):
                         take(f"{name}.{inner}", vars(value)[inner])
         elif not _is_foreign(_module_of(value)):
             found.append(value)
 
-    names = list(dict.fromkeys(_names(function.__code__)))
     for name in names:
         if name in function.__globals__:
             take(name, function.__globals__[name])
