@@ -1,8 +1,8 @@
 """What a backend refuses of a model, kept on disk, so that the next conversion of it begins where this one ended.
 
-It is a hint and no more: `Planner.recall` begins with it, and whatever else is refused is found as ever. Kept under a key
-of the model as it was before anything of it became a plugin, with its weights and example, and of all versions: what a
-new release of a library takes is asked of it again.
+It is a hint and no more: `Planner.recall` begins with it, and whatever else is refused is found as ever. It is kept
+under a key of the model as it was before anything of it became a plugin, with its weights and example, and of all
+versions: what a new release of a library takes is asked of it again.
 """
 
 from __future__ import annotations
@@ -210,7 +210,9 @@ def _text(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Pipeline):
-        return [[_stable(repr(one)), function_version(type(one))] for one in value]
+        # Those that come along have this package's version.
+        own = {one: type(one).__module__.partition(".")[0] == __name__.partition(".")[0] for one in value}
+        return [[_stable(repr(one)), "" if own[one] else function_version(type(one))] for one in value]
     if isinstance(value, types.FunctionType):
         return function_version(value)
     if isinstance(value, (tuple, list)):

@@ -30,6 +30,7 @@ _TORCHS_OWN = {"aten", "prim", "prims", "python", "higher_order"}
 _FOREIGN = {"torch", "triton", "numpy", "builtins", *sys.stdlib_module_names}
 """Packages whose functions have a version of their own, or change with Python."""
 
+_INSTALLED = {"site-packages", "dist-packages"}
 _PLACE = re.compile(r"registered at (.+?):\d+")
 _TORCH = str(Path(torch.__file__).parent)
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -97,6 +98,7 @@ def _compiled(namespace: str) -> list[str]:
 def _sources(functions: Sequence[Any]) -> Iterator[str]:
     """The texts of some functions and of all that they reach, each once, in an order that is always the same."""
     pending, seen = list(functions), set()
+    homes = {_package(_module_of(inspect.unwrap(one) if callable(one) else one)) for one in functions} - _FOREIGN
     while pending:
         value = pending.pop(0)
         if isinstance(value, types.MethodType):
@@ -112,10 +114,10 @@ def _sources(functions: Sequence[Any]) -> Iterator[str]:
                 pending.append(inner)  # what wraps it is torch's or ours
                 continue
             yield _text(value)
-            found, constants = _reached(value)
+            found, constants = _reached(value, homes)
             pending += found
             yield from constants
-            yield from _imported(value)
+            yield from _imported(value, homes)
         elif isinstance(value, type):
             yield _class_text(value)
             pending += [method for method in vars(value).values() if isinstance(method, types.FunctionType)]
@@ -124,8 +126,8 @@ def _sources(functions: Sequence[Any]) -> Iterator[str]:
             pending.append(value.fn)
 
 
-def _reached(function: types.FunctionType) -> tuple[list[Any], list[str]]:
-    """What a function's code names: functions, kernels and classes of the same project, and constants as text."""
+def _reached(function: types.FunctionType, homes: set[str]) -> tuple[list[Any], list[str]]:
+    """What a function's code names: functions, kernels and classes of its project, and constants as text."""
     found: list[Any] = []
     constants: list[str] = []
     modules: set[types.ModuleType] = set()
@@ -139,12 +141,18 @@ def _reached(function: types.FunctionType) -> tuple[list[Any], list[str]]:
             texts = [repr(entry) for entry in value if isinstance(entry, _CONSTANTS)]
             constants.append(f"{name} = {sorted(texts) if isinstance(value, (set, frozenset)) else texts}")
         elif isinstance(value, types.ModuleType):
-            if not _is_foreign(value.__name__) and value not in modules:
-                modules.add(value)
-                for inner in names:
-                    if inner in vars(value):
-                        take(f"{name}.{inner}", vars(value)[inner])
-        elif not _is_foreign(_module_of(value)):
+            if value in modules:
+                return
+            modules.add(value)
+            if _is_foreign(value.__name__, homes):
+                constants.append(_release(value.__name__))
+                return
+            for inner in names:
+                if inner in vars(value):
+                    take(f"{name}.{inner}", vars(value)[inner])
+        elif _is_foreign(_module_of(value), homes):
+            constants.append(_release(_module_of(value)))
+        else:
             found.append(value)
 
     for name in names:
@@ -159,22 +167,25 @@ def _reached(function: types.FunctionType) -> tuple[list[Any], list[str]]:
         take(f"default {index}", value)
     for name, value in sorted((function.__kwdefaults__ or {}).items()):
         take(f"default {name}", value)
-    return found, constants
+    return found, [constant for constant in constants if constant]
 
 
-def _imported(function: types.FunctionType) -> Iterator[str]:
-    """The files of modules of the same project that a function imports when it is called: all of each."""
+def _imported(function: types.FunctionType, homes: set[str]) -> Iterator[str]:
+    """The files of modules of its project that a function imports when it is called: all of each."""
     package = str(function.__globals__.get("__package__") or "")
-    homes = [package.rsplit(".", up)[0] for up in range(package.count(".") + 1)] if package else []
+    parents = [package.rsplit(".", up)[0] for up in range(package.count(".") + 1)] if package else []
     for wanted in dict.fromkeys(_imports(function.__code__)):
-        if _is_foreign(wanted):
+        if _package(wanted) in _FOREIGN:
             continue
-        for name in (*(f"{home}.{wanted}" for home in homes), wanted):
+        for name in (*(f"{parent}.{wanted}" for parent in parents), wanted):
             try:
                 spec = importlib.util.find_spec(name)
             except (ImportError, ValueError, AttributeError):
                 continue
             if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
+                if _is_foreign(name, homes):
+                    yield _release(name)
+                    break
                 yield f"{wanted} {hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()}"
                 break
 
@@ -201,8 +212,26 @@ def _module_of(value: Any) -> str:
     return str(getattr(getattr(value, "fn", value), "__module__", "") or "")
 
 
-def _is_foreign(module: str) -> bool:
-    return module.partition(".")[0] in _FOREIGN
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _is_foreign(module: str, homes: set[str]) -> bool:
+    """Whether a module is of another project, installed beside this one: its release counts, not its source."""
+    package = _package(module)
+    if package in homes:
+        return False
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return package in _FOREIGN or package == _package(__name__) or bool(_INSTALLED & set(Path(file).parts))
+
+
+def _release(module: str) -> str:
+    """The release of another project; that of torch counts anyway, and that of Python does not."""
+    package = _package(module)
+    try:
+        return f"{package} {importlib.metadata.version(package)}" if package not in _FOREIGN else ""
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} {getattr(sys.modules.get(package), '__version__', '')}"
 
 
 def _text(function: types.FunctionType) -> str:
