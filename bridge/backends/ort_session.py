@@ -150,7 +150,9 @@ def with_provenance(model: bytes | bytearray | memoryview, proto: onnx.ModelProt
         for node, source in zip(theirs, ours, strict=True):
             node.ClearField("metadata_props")
             node.metadata_props.extend(source.metadata_props)
-            node.doc_string = source.doc_string
+            node.ClearField("doc_string")
+            if source.doc_string:
+                node.doc_string = source.doc_string
     return bytes(made.SerializeToString())
 
 
