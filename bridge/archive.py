@@ -39,7 +39,7 @@ def write_archive(path: Path, manifest: Mapping[str, Any], parts: Mapping[str, B
         ModelFileError: it cannot be written.
     """
     checksums = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
-    text = json.dumps({**manifest, "sha256": checksums}, indent=1).encode()
+    text = json.dumps({**manifest, "sealed": True, "sha256": checksums}, indent=1).encode()
 
     def write(file: BinaryIO) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -102,9 +102,12 @@ def _open(path: Path, what: str) -> Iterator[zipfile.ZipFile]:
 def _read_manifest(archive: zipfile.ZipFile, path: Path, form: str, version: int, what: str) -> dict[str, Any]:
     text = archive.read(_MANIFEST)
     checksum = _COMMENT + hashlib.sha256(text).hexdigest().encode()
-    if archive.comment and archive.comment != checksum:  # files of before there was one have none
-        raise ModelFileError(f"{path} is damaged: its manifest does not match its checksum. Save it again.")
+    damaged = ModelFileError(f"{path} is damaged: its manifest does not match its checksum. Save it again.")
+    if archive.comment and archive.comment != checksum:
+        raise damaged
     manifest: dict[str, Any] = json.loads(text)
+    if isinstance(manifest, dict) and manifest.get("sealed") and not archive.comment:
+        raise damaged  # files of before there was such a checksum are not sealed
     if not isinstance(manifest, dict) or manifest.get("format") != form:
         raise ModelFileError(f"{path} is a zip file, but no {what}.")
     if manifest["version"] > version:
