@@ -148,7 +148,7 @@ def _torch_digest(tensor: torch.Tensor) -> str:
     if tensor.numel():
         values = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, values.numel(), _CHUNK_BYTES):  # those on a GPU come over in pieces
-            hasher.update(memoryview(values[start : start + _CHUNK_BYTES].cpu().numpy()))
+            hasher.update(values[start : start + _CHUNK_BYTES].cpu().numpy().data)
     return hasher.hexdigest()
 
 
@@ -159,7 +159,7 @@ def _weight_digest(weight: ir.TensorProtocol) -> str:
     else:
         values = np.ascontiguousarray(weight.numpy()).reshape(-1)
         if values.size:
-            hasher.update(memoryview(values.view(np.uint8)))
+            hasher.update(values.view(np.uint8).data)
     return hasher.hexdigest()
 
 
