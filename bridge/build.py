@@ -15,6 +15,7 @@ import torch
 from ..errors import BuildError, UnsupportedOpError
 from .backends.base import Backend, BuildOptions, Engine, Progress, Refusal, Segment
 from .dtypes import to_torch
+from .engine_cache import EngineCache
 from .plan import Plan
 from .program import EngineStep, Program, Step
 
@@ -30,8 +31,14 @@ _COPIES = 4
 """A builder holds its weights about so many times: the file, the network's, the engine's and what it hands out."""
 
 
-def build_plan(plan: Plan, backend: Backend, options: BuildOptions, progress: Progress | None = None) -> Program:
-    """Build every segment of a plan.
+def build_plan(
+    plan: Plan,
+    backend: Backend,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    cache: EngineCache | None = None,
+) -> Program:
+    """Build every segment of a plan, or take its engine from the cache.
 
     Raises:
         UnsupportedOpError, BuildError: as `Backend.build`, of the first segment that fails; ``segment`` says which.
@@ -41,7 +48,10 @@ def build_plan(plan: Plan, backend: Backend, options: BuildOptions, progress: Pr
 
     def build(index: int) -> Engine:
         try:
-            return backend.build(segments[index], options, shares.of(index))
+            share = shares.of(index)
+            if cache is not None:
+                return cache.build(segments[index], backend, options, share)
+            return backend.build(segments[index], options, share)
         except (UnsupportedOpError, BuildError) as error:
             error.segment = segments[index].name
             raise

@@ -1,5 +1,6 @@
-"""What is kept on disk between processes: kernels that TensorRT-RTX compiles when an engine first runs, and which form
-of attention was faster (`attention_judge`).
+"""What is kept on disk between processes: kernels that TensorRT-RTX compiles when an engine first runs; and elsewhere
+engines (`engine_cache`), what backends refuse (`learned`), TensorRT's times of kernels (`backends.timing_cache`) and
+which form of attention was faster (`attention_judge`).
 
 The folder is ``cache_dir`` of convert() and load(), else ``$TRTBRIDGE_CACHE_DIR``, else the user's cache folder.
 """
@@ -13,16 +14,21 @@ import tempfile
 import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import BinaryIO
 
 import platformdirs
 import torch
 
 from ..errors import CacheError
+from .atomic import write_atomically
+
+__all__ = ["ENVIRONMENT_VARIABLE", "JIT_FOLDER", "JitCacheFile", "resolve_cache_dir", "write_atomically"]
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "TRTBRIDGE_CACHE_DIR"
+JIT_FOLDER = "jit"
+"""Folder of compiled kernels in the cache folder."""
+
 _CALLS_LOOKED_AT = 2
 _MOST_SHAPES = 256  # of one engine; kernels for further ones are compiled again in the next process
 
@@ -55,21 +61,6 @@ def resolve_cache_dir(cache_dir: str | os.PathLike[str] | None) -> Path | None:
         return None
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that readers see the old content or the whole new one.
-
-    Args:
-        path: the file.
-        write: puts the content into an open file.
-    """
-    # In a folder of its own the new file gets the permissions that any new file gets.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        new = Path(folder) / path.name
-        with new.open("wb") as file:
-            write(file)
-        new.replace(path)
-
-
 class JitCacheFile:
     """The file of one engine's compiled kernels.
 
@@ -86,7 +77,7 @@ class JitCacheFile:
         if folder is not None:
             digest = hashlib.sha256(plan)
             digest.update(f"{version}|{torch.cuda.get_device_name()}".encode())
-            self._path = folder / "jit" / f"{digest.hexdigest()}.bin"
+            self._path = folder / JIT_FOLDER / f"{digest.hexdigest()}.bin"
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> bytes | None:

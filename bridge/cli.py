@@ -1,4 +1,4 @@
-"""The ``trtbridge`` command: convert, explain, run, compare, localize, passes, plugins, doctor.
+"""The ``trtbridge`` command: convert, explain, run, compare, localize, passes, plugins, cache, doctor.
 
 torch takes seconds to import, so nothing here does before a command needs it: ``-h`` answers at once.
 """
@@ -18,6 +18,8 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import BackendError, OptionError
+from .cli_cache import CacheFlag
+from .cli_cache import app as cache_app
 from .cli_compare import compare as compare_command
 from .cli_display import Stages, reporting
 from .cli_localize import localize as localize_command
@@ -75,6 +77,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(plugins_app)
+app.add_typer(cache_app)
 app.command(
     "localize",
     epilog="Examples:\n\n"
@@ -129,6 +132,7 @@ def convert(
     optimization_level: LevelOption = None,
     workspace_mb: WorkspaceOption = None,
     cache_dir: CacheOption = None,
+    cache: CacheFlag = False,
     device: DeviceOption = None,
     timeout_s: TimeoutOption = None,
     plugin_host: HostOption = None,
@@ -156,6 +160,7 @@ def convert(
         options |= precision_options(precision, keep_fp32, tolerance, calibration)
         options |= pass_options(check_passes, dump_graphs, attention)
         options |= verify_options(verify)
+        options |= {"cache": True} if cache else {}
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import convert as convert_model
@@ -324,6 +329,8 @@ def _summarize(module: EngineModule, path: Path) -> None:
     if info.get("attention"):
         _print(str(AttentionReport.from_json(info["attention"])))
     _print(f"backend: {module.program.backend} ({info['backend_choice']})")
+    if info.get("cache"):
+        _print(f"cache: {info['cache']['hits']} engine(s) from it, {info['cache']['misses']} built")
     _print(f"time: {sum(seconds.values()):.2f} s ({stages})")
     _print(f"wrote {path} ({size_text(path.stat().st_size)})")
     where = " on a machine with an NVIDIA GPU" if why_not_here(module) else ""

@@ -126,7 +126,7 @@ CacheOption = Annotated[
     typer.Option(
         "--cache-dir",
         metavar="DIR",
-        help="Folder for compiled kernels. Default: $TRTBRIDGE_CACHE_DIR, else the user's.",
+        help="Folder for engines and compiled kernels. Default: $TRTBRIDGE_CACHE_DIR, else the user's.",
     ),
 ]
 DeviceOption = Annotated[

@@ -15,6 +15,7 @@ from .attention import make_attention
 from .backends import choose_backend
 from .backends.base import Backend
 from .cache import resolve_cache_dir
+from .conversion_cache import ConversionCache
 from .export import DEFAULT_OPSET, ExportedModule, trace
 from .model import OnnxModel
 from .module import EngineModule, pick_device
@@ -78,6 +79,10 @@ def convert(
     if eager is not None:
         Original(eager, device)  # fails now rather than after minutes of building
     planner = make_planner(model, args, kwargs, dynamic_shapes, builder, chosen)
+    cache = None
+    if chosen.cache:
+        with planner.stages.stage("cache"):
+            cache = ConversionCache.begin(planner, chosen)
     program = planner.build()
     info = {
         "backend_choice": reason,
@@ -89,6 +94,8 @@ def convert(
         "learned": planner.learned,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
+    if cache is not None:
+        info["cache"] = cache.end(planner)
     if planner.precision is not None:
         info["precision"] = planner.precision.to_json()
     module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir, chosen.runtime, eager)

@@ -42,8 +42,11 @@ class Options(RuntimeOptions):
         isolate: parse and build in a child process, so that a crash of the backend ends as an error.
         timeout_s: most seconds that building one engine may take.
         device: where the module will run; default the module's own device, or what the backend runs on.
-        cache_dir: folder for compiled kernels and times of attention; default ``$TRTBRIDGE_CACHE_DIR``, else the user's
-            cache folder.
+        cache_dir: folder for engines, compiled kernels and times of kernels and of attention; default
+            ``$TRTBRIDGE_CACHE_DIR``, else the user's cache folder.
+        cache: keep engines in ``cache_dir`` by content, and take them from there: same graph, weights, ranges, options,
+            plugins, library and GPU. ``program.info["cache"]`` says what came from there.
+        cache_size_bytes: most bytes of engines kept there; those that were not used for longest go.
         progress: called with (stage, fraction) while converting.
         plugin_host: "engine" keeps plugins inside engines and raises where one cannot be, "segments" runs all of them
             between engines, "auto" keeps inside what can be.
@@ -95,6 +98,8 @@ class Options(RuntimeOptions):
     timeout_s: float | None = None
     device: torch.device | str | None = None
     cache_dir: str | os.PathLike[str] | None = None
+    cache: bool = False
+    cache_size_bytes: int = 8 << 30
     progress: Progress | None = None
     plugin_host: str = "auto"
     fallback: bool = True
@@ -136,12 +141,14 @@ class Options(RuntimeOptions):
         opset = self.opset
         need(opset is None or (_is_int(opset) and 18 <= opset <= 25), "opset", "an ONNX opset from 18 to 25")
         need(isinstance(self.passes, Pipeline), "passes", "a passes.Pipeline, such as trtbridge.DEFAULT")
-        for name in ("tf32", "isolate", "fallback", "check_export", "check_passes"):
+        for name in ("tf32", "isolate", "fallback", "check_export", "check_passes", "cache"):
             need(isinstance(getattr(self, name), bool), name, "True or False")
         level = self.optimization_level
         need(level is None or (_is_int(level) and 0 <= level <= 5), "optimization_level", "from 0 to 5")
         memory = self.workspace_bytes
         need(memory is None or (_is_int(memory) and memory > 0), "workspace_bytes", "a positive number of bytes")
+        most = self.cache_size_bytes
+        need(_is_int(most) and most > 0, "cache_size_bytes", "a positive number of bytes")
         need(self.timeout_s is None or self.timeout_s > 0, "timeout_s", "a positive number of seconds")
         need(
             self.timeout_s is None or self.isolate,
@@ -240,6 +247,7 @@ class Options(RuntimeOptions):
             compute_capabilities=tuple((p[0], p[1]) for p in self.compute_capabilities),
             isolate=self.isolate,
             timeout_s=self.timeout_s,
+            cache_dir=self.cache_dir,
         )
 
 

@@ -28,6 +28,7 @@ from .backends.base import Backend, BuildOptions, Refusal
 from .bounds import with_bounds
 from .build import build_plan, check_plan
 from .check_passes import run_passes
+from .engine_cache import EngineCache
 from .export import ExportedModule
 from .halving import find_culprit
 from .model import OnnxModel, iterate_nodes, origin_of
@@ -38,7 +39,7 @@ from .precision import PrecisionReport, Refused, convert_precision, sixteen_bit_
 from .precision_request import Measurements
 from .program import Program
 from .quantize import quantized_nodes
-from .rewrites import Rewrites
+from .rewrites import Rewrites, Site
 from .stages import Stages
 from .untranslatable import sharing_calls
 from .verify import find_wrong_calls
@@ -69,6 +70,7 @@ class Planner:
         precision: what became of the model's precision, where one was asked for.
         models: the last model after each stage that changes it: "export", "passes", "precision", "attention".
         attention: chooses the form of attention; None leaves it as it is.
+        cache: where engines are looked up and kept; None builds all.
     """
 
     source: ExportedModule | OnnxModel
@@ -84,6 +86,7 @@ class Planner:
     precision: PrecisionReport | None = None
     models: dict[str, OnnxModel] = field(default_factory=dict)
     attention: Attention | None = None
+    cache: EngineCache | None = None
     _opset: int | None = None
     _exported: tuple[frozenset[str], OnnxModel] | None = None  # the last translation and what was a plugin in it
     _rewritten: OnnxModel | None = None  # the last model, its refused nodes rewritten, no node a plugin
@@ -105,8 +108,10 @@ class Planner:
     def learned(self) -> dict[str, Any]:
         """What was refused so far, JSON-ready: what `recall` takes."""
         refused = {"full": sorted(self.refused.half), "unquantized": sorted(self.refused.quantized)}
-        sets = {"outside": sorted(self.outside), **refused}
-        found = {"calls": self.calls, "nodes": self.nodes, **sets}
+        sets = {"outside": sorted(self.outside), **refused, "as written": sorted(self.rewrites.given_up)}
+        rewritten = [[*site, reason] for site, reason in self.rewrites.sites.items()]
+        parts = {} if self.attention is None else self.attention.refused
+        found = {"calls": self.calls, "nodes": self.nodes, **sets, "rewritten": rewritten, "parts": parts}
         return {name: value for name, value in found.items() if value}
 
     def recall(self, learned: Mapping[str, Any]) -> None:
@@ -120,6 +125,10 @@ class Planner:
         self.outside |= set(learned.get("outside", ()))
         self.refused.half |= set(learned.get("full", ()))
         self.refused.quantized |= set(learned.get("unquantized", ()))
+        self.rewrites.given_up |= set(learned.get("as written", ()))
+        self.rewrites.sites |= {Site(*site): reason for *site, reason in learned.get("rewritten", ())}
+        if self.attention is not None:
+            self.attention.refused |= learned.get("parts", {})
 
     @property
     def attention_report(self) -> AttentionReport | None:
@@ -204,12 +213,13 @@ class Planner:
         """
         for round_ in range(_MOST_ROUNDS):
             plan = self.plan()
+            known = self.cache is not None and self.cache.has_all(plan.segments, self.backend, self.options.build)
             # With several segments the parser is asked for all refusals first: what is built before one is lost.
-            if len(plan.segments) > 1:
+            if len(plan.segments) > 1 and not known:
                 plan, _ = self.settled_plan()
             try:
                 with self.stages.stage("build"):
-                    return build_plan(plan, self.backend, self.options.build, self.options.progress)
+                    return build_plan(plan, self.backend, self.options.build, self.options.progress, self.cache)
             except UnsupportedOpError as error:
                 if not self.options.fallback or not self.learn(error.refusals):
                     raise

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from ..errors import ModelFileError
+from .archive import Blob, engine_from_json, engine_to_json, parse_manifest, read_archive, write_archive
+from .backends import BACKENDS
 from .backends.base import Engine
-from .cache import write_atomically
 from .dtypes import from_torch, to_torch
-from .model import Signature, TensorSpec
+from .model import Signature
 from .plan import PluginCall
 
 FORMAT = "trtbridge-program"
 FORMAT_VERSION = 1
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -79,23 +76,15 @@ class Program:
             ModelFileError: the file cannot be written, or a constant argument has no JSON form.
         """
         path = Path(path)
-        parts: dict[str, bytes | bytearray | memoryview] = {}
+        parts: dict[str, Blob] = {}
         steps: list[dict[str, Any]] = []
         for index, step in enumerate(self.steps):
             if isinstance(step, PluginCall):
                 steps.append(step.to_json())
                 continue
-            names = {part: f"engines/{index}/{part}" for part in step.engine.parts}
-            parts |= {names[part]: data for part, data in step.engine.parts.items()}
-            steps.append(
-                {
-                    "engine": step.name,
-                    "parts": names,
-                    "info": dict(step.engine.info),
-                    "inputs": [spec.to_json() for spec in step.engine.inputs],
-                    "outputs": [spec.to_json() for spec in step.engine.outputs],
-                }
-            )
+            entry, blobs = engine_to_json(step.engine, f"engines/{index}/")
+            steps.append({"engine": step.name, **entry})
+            parts |= blobs
         constants = {}
         for index, (name, tensor) in enumerate(self.constants.items()):
             constants[name] = {
@@ -114,21 +103,8 @@ class Program:
             "constants": constants,
             "aliases": dict(self.aliases),
             "info": dict(self.info),
-            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
         }
-        text = json.dumps(manifest, indent=1)
-
-        def write(file: BinaryIO) -> None:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr(_MANIFEST, text)
-                for name, data in parts.items():
-                    with archive.open(name, "w", force_zip64=True) as entry:
-                        entry.write(data)
-
-        try:
-            write_atomically(path, write)
-        except OSError as error:
-            raise ModelFileError(f"Cannot write {path}: {error}.") from error
+        write_archive(path, manifest, parts, durable=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Program:
@@ -138,26 +114,20 @@ class Program:
             ModelFileError: no such file, not such a file, damaged, or of a newer format.
         """
         path = Path(path)
-        try:
-            with zipfile.ZipFile(path) as archive:
-                manifest = json.loads(archive.read(_MANIFEST))
-                if manifest.get("format") != FORMAT:
-                    raise ModelFileError(f"{path} is a zip file, but no trtbridge program.")
-                if manifest["version"] > FORMAT_VERSION:
-                    raise ModelFileError(
-                        f"{path} has format version {manifest['version']}; this trtbridge reads up to {FORMAT_VERSION}."
-                    )
-                parts = {name: archive.read(name) for name in manifest["sha256"]}
-        except FileNotFoundError as error:
-            raise ModelFileError(f"There is no file {path}.") from error
-        except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, OSError, EOFError) as error:
-            raise ModelFileError(f"{path} is no trtbridge program, or is damaged: {error}. Save it again.") from error
-        for name, digest in manifest["sha256"].items():
-            if hashlib.sha256(parts[name]).hexdigest() != digest:
-                raise ModelFileError(f"{path} is damaged: {name} does not match its checksum. Save it again.")
+        manifest, parts = read_archive(path, FORMAT, FORMAT_VERSION, "trtbridge program")
+        return parse_manifest(path, lambda: cls._from_json(path, manifest, parts))
+
+    @classmethod
+    def _from_json(cls, path: Path, manifest: Mapping[str, Any], parts: Mapping[str, bytes]) -> Program:
+        backend = manifest["backend"]
+        if backend not in BACKENDS:
+            raise ModelFileError(
+                f"{path} holds engines of the backend {backend!r}, which this trtbridge does not know; it knows "
+                f"{', '.join(BACKENDS)}. Update trtbridge, or convert again."
+            )
         return cls(
-            backend=manifest["backend"],
-            steps=tuple(_read_step(step, parts, manifest["backend"]) for step in manifest["steps"]),
+            backend=backend,
+            steps=tuple(_read_step(step, parts, backend) for step in manifest["steps"]),
             signature=Signature.from_json(manifest["signature"]),
             constants={name: _read_constant(entry, parts) for name, entry in manifest["constants"].items()},
             aliases=manifest["aliases"],
@@ -169,16 +139,7 @@ class Program:
 def _read_step(data: Mapping[str, Any], parts: Mapping[str, bytes], backend: str) -> Step:
     if "plugin" in data:
         return PluginCall.from_json(data)
-    return EngineStep(
-        data["engine"],
-        Engine(
-            backend,
-            {part: parts[name] for part, name in data["parts"].items()},
-            data["info"],
-            tuple(TensorSpec.from_json(spec) for spec in data["inputs"]),
-            tuple(TensorSpec.from_json(spec) for spec in data["outputs"]),
-        ),
-    )
+    return EngineStep(data["engine"], engine_from_json(data, parts, backend))
 
 
 def _read_constant(entry: Mapping[str, Any], parts: Mapping[str, bytes]) -> torch.Tensor:

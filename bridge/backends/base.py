@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,7 @@ class BuildOptions:
             is present, or a portable engine where there is none.
         isolate: parse and build in a child process, so that a crash in the backend ends as a BuildError.
         timeout_s: most seconds that one engine may take to build (isolated builds only); None for no limit.
+        cache_dir: where TensorRT keeps how long kernels took; None for the default folder.
     """
 
     tf32: bool = False
@@ -64,6 +66,7 @@ class BuildOptions:
     compute_capabilities: tuple[tuple[int, int], ...] = ()
     isolate: bool = True
     timeout_s: float | None = None
+    cache_dir: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,27 @@ class Backend(Protocol):
             BackendError: not installed, or cannot build here.
             UnsupportedOpError: the parser refuses nodes; all of them are named.
             BuildError: the builder failed, died or ran out of time.
+        """
+        ...
+
+    def identity(self, options: BuildOptions) -> Mapping[str, Any]:
+        """What decides the engines that it builds, beside the graph and the options, JSON-ready.
+
+        Its library's versions, and of this machine what an engine is made for. Where any of it differs, an engine from
+        the cache is not taken.
+        """
+        ...
+
+    def parsed(self, segment: Segment) -> onnx.ModelProto:
+        """The graph that its library gets in place of the segment's; the segment's own where that is the same."""
+        ...
+
+    def revive(self, engine: Engine, segment: Segment) -> Engine:
+        """An engine from the cache, with what it tells of places in the user's program taken from a segment.
+
+        Args:
+            engine: was built from a segment that differs from this one in such places at most.
+            segment: what an engine is wanted for.
         """
         ...
 

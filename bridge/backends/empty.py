@@ -18,6 +18,7 @@ from ..dtypes import to_torch
 from ..model import TensorSpec
 from .base import BuildOptions, Context, Engine, Executable, Segment
 from .onnxruntime import OnnxRuntimeBackend
+from .ort_session import MODEL_PART, with_provenance
 
 _PREFIX = "empty."
 
@@ -44,6 +45,15 @@ def empty_parts(segment: Segment) -> tuple[dict[str, Any], Mapping[str, Any] | N
         return {}, None
     engine = OnnxRuntimeBackend().build(segment, BuildOptions())
     return {_PREFIX + name: part for name, part in engine.parts.items()}, engine.info
+
+
+def revive_empty_parts(engine: Engine, segment: Segment) -> dict[str, Any]:
+    """An engine's parts, with the segment's places in the graph that `empty_parts` added, where it did."""
+    parts = dict(engine.parts)
+    name = _PREFIX + MODEL_PART
+    if name in parts:
+        parts[name] = with_provenance(parts[name], segment.proto)
+    return parts
 
 
 class EmptySafe:

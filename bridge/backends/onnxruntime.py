@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import threading
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from .ort_session import (
     read_parts,
     stand_ins,
     unpack,
+    with_provenance,
     zeros_like,
 )
 from .widen import NARROW_TYPES, widen
@@ -166,6 +168,19 @@ class OnnxRuntimeBackend:
         }
         parts = {MODEL_PART: proto.SerializeToString(), WEIGHTS_PART: buffer.data}
         return Engine(self.name, parts, info, segment.inputs, segment.outputs)
+
+    def identity(self, options: BuildOptions) -> dict[str, Any]:
+        """Versions: an engine is the graph, and what differs between devices is settled when it is loaded."""
+        return {"version": _import_onnxruntime().__version__, "onnx": onnx.__version__, "widens": self._widens}
+
+    def parsed(self, segment: Segment) -> onnx.ModelProto:
+        """The segment's own graph."""
+        return segment.proto
+
+    def revive(self, engine: Engine, segment: Segment) -> Engine:
+        """An engine with the segment's places in its graph; see `Backend.revive`."""
+        model = with_provenance(engine.parts[MODEL_PART], segment.proto)
+        return dataclasses.replace(engine, parts={**engine.parts, MODEL_PART: model})
 
     def load(
         self,

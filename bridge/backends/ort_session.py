@@ -137,6 +137,25 @@ def read_parts(engine: Engine, name: str) -> tuple[onnx.ModelProto, dict[str, ir
     return proto, unpack(proto, memoryview(engine.parts[WEIGHTS_PART]), name)
 
 
+def with_provenance(model: bytes | bytearray | memoryview, proto: onnx.ModelProto) -> bytes:
+    """A serialized model whose nodes have the metadata and doc strings of those of a graph that does the same.
+
+    Args:
+        model: what `OnnxRuntimeBackend.build` made of a graph.
+        proto: the same graph with other metadata.
+    """
+    made = onnx.ModelProto.FromString(bytes(model))
+    theirs, ours = list(iterate_nodes(made.graph)), list(iterate_nodes(proto.graph))
+    if len(theirs) == len(ours):  # and in the same order: that is part of an engine's key
+        for node, source in zip(theirs, ours, strict=True):
+            node.ClearField("metadata_props")
+            node.metadata_props.extend(source.metadata_props)
+            node.ClearField("doc_string")
+            if source.doc_string:
+                node.doc_string = source.doc_string
+    return bytes(made.SerializeToString())
+
+
 # Sessions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -16,8 +17,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import onnx
 import onnx_ir as ir
 import torch
 
@@ -30,16 +32,19 @@ from ...errors import (
     TrtBridgeError,
     UnsupportedOpError,
 )
+from ..cache import resolve_cache_dir
 from ..model import Origin, TensorSpec
 from ..profiles import EngineProfiles
 from ..runtime_options import RuntimeOptions
 from . import trt_build
 from .base import BackendStatus, BuildOptions, Engine, Executable, Progress, Refusal, Segment
-from .empty import EmptySafe, can_be_empty, empty_parts
+from .empty import EmptySafe, can_be_empty, empty_parts, revive_empty_parts
 from .flavour import FLAVOURS, Flavour, find_capabilities, tf32_environment
 from .plugin_library import library_environment, require_library
 from .plugin_nodes import describe_host, hosted_plugins, probe_segment
+from .timing_cache import timing_file
 from .trt_blame import describe_refusals, failure_words, find_refusals, find_suspects, parsed_graph
+from .trt_fit import identity, made_for, misfit, words_of_invalidity
 from .trt_run import ENGINE_PART, TensorRtExecutable
 
 if TYPE_CHECKING:
@@ -127,7 +132,7 @@ class TensorRtBackend:
             logger.info("%s: %s", segment.name, message)
         info = {
             "version": outcome.version,
-            "target": _target(options),
+            **made_for(self.flavour, options),
             "layers": outcome.layers,
             "tf32": options.tf32,
             "build_seconds": round(time.perf_counter() - started, 3),
@@ -136,6 +141,16 @@ class TensorRtBackend:
         }
         parts, info["empty"] = empty_parts(segment)
         return Engine(self.name, {ENGINE_PART: plan, **parts}, info, segment.inputs, segment.outputs)
+
+    def identity(self, options: BuildOptions) -> dict[str, Any]:
+        return identity(self.flavour, options, self.status().version)
+
+    def parsed(self, segment: Segment) -> onnx.ModelProto:
+        return parsed_graph(self.flavour, segment)
+
+    def revive(self, engine: Engine, segment: Segment) -> Engine:
+        info = {**engine.info, "plugins": hosted_plugins(segment)}
+        return dataclasses.replace(engine, info=info, parts=revive_empty_parts(engine, segment))
 
     def load(
         self,
@@ -153,10 +168,23 @@ class TensorRtBackend:
             )
         if not torch.cuda.is_available():
             raise BackendError(_no_gpu(self.flavour))
+        problem = misfit(
+            self.flavour,
+            engine.info,
+            self.status().version,
+            torch.cuda.get_device_capability(device),
+            torch.cuda.get_device_name(device),
+        )
+        if problem:
+            raise BackendError(problem)
         specialization = options.kernel_specialization
         if specialization is None and options.cuda_graphs and self.flavour.jit:
             specialization = "eager"
-        executable = TensorRtExecutable(self.flavour, engine, device, cache_dir, specialization)
+        try:
+            executable = TensorRtExecutable(self.flavour, engine, device, cache_dir, specialization)
+        except BackendError as error:
+            words = words_of_invalidity(self.flavour, engine.parts[ENGINE_PART])
+            raise BackendError(f"{error}{words}") from error
         return EmptySafe(engine, executable) if can_be_empty(engine.inputs) else executable
 
     def _require_build(self) -> None:
@@ -235,9 +263,19 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
             compute_capabilities=list(options.compute_capabilities),
             gpu_present=torch.cuda.is_available(),
             plugins=bool(hosted_plugins(segment)),
+            timings="" if parse_only else _timings(flavour, options),
         )
         (folder / "job.json").write_text(json.dumps(vars(job)))
         yield folder
+
+
+def _timings(flavour: Flavour, options: BuildOptions) -> str:
+    """The file of kernels' times for a build here, "" where there is none: only TensorRT times kernels, on a GPU."""
+    if flavour.jit or not torch.cuda.is_available():
+        return ""
+    folder = resolve_cache_dir(options.cache_dir)
+    gpu = torch.cuda.get_device_name(0 if options.isolate else None)
+    return "" if folder is None else str(timing_file(folder.absolute(), flavour.module().__version__, gpu))
 
 
 def _scratch_folder(size_bytes: int) -> str | None:
@@ -335,14 +373,6 @@ def _suspects(segment: Segment) -> str:
         origin = segment.provenance.get(found[0].output[0], Origin())
         return f"Attention with the same tensor as query, key or value crashes it: {found[0].name!r} from {origin}."
     return "To find the node try convert(..., opset=20), another release of the library, or a part of the model."
-
-
-def _target(options: BuildOptions) -> str:
-    if options.compute_capabilities:
-        return ", ".join(f"{major}.{minor}" for major, minor in options.compute_capabilities)
-    if torch.cuda.is_available():
-        return "compute capability {}.{}".format(*torch.cuda.get_device_capability())
-    return "any GPU it supports"
 
 
 def _no_gpu(flavour: Flavour) -> str:

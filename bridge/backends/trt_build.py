@@ -45,6 +45,7 @@ class Job:
         tf32, optimization_level, workspace_bytes, compute_capabilities: as in `BuildOptions`.
         gpu_present: whether a CUDA device can be used.
         plugins: the graph has plugin nodes.
+        timings: file of how long kernels took (`timing_cache`), "" for none.
     """
 
     flavour: str
@@ -57,6 +58,7 @@ class Job:
     compute_capabilities: list[tuple[int, int]]
     gpu_present: bool
     plugins: bool = False
+    timings: str = ""
 
 
 @dataclass
@@ -155,12 +157,28 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
     if problem:
         outcome.error = problem
         return
-    engine = builder.build_serialized_network(network, config)
+    engine = _build(builder, network, config, job, outcome)
     if engine is None:
         outcome.error = "the builder failed"
         return
     with (folder / "engine.plan").open("wb") as file:
         file.write(memoryview(engine))
+
+
+def _build(
+    builder: trt.Builder, network: trt.INetworkDefinition, config: trt.IBuilderConfig, job: Job, outcome: Outcome
+) -> trt.IHostMemory | None:
+    """The engine, with what earlier builds timed and for later ones to go on from; None where the builder fails."""
+    if not job.timings:
+        return builder.build_serialized_network(network, config)
+    from .timing_cache import keep_timings, use_timings  # TensorRT-RTX does without
+
+    use_timings(config, Path(job.timings))
+    engine = builder.build_serialized_network(network, config)
+    problem = keep_timings(config, Path(job.timings))
+    if problem:
+        outcome.messages.append(f"WARNING: {problem}")
+    return engine
 
 
 def _parse(

@@ -1,0 +1,126 @@
+"""Files that are there whole or not at all, whatever happens to the process that writes them.
+
+A file is written under another name beside its place and then moved there. A writer holds a lock on what it writes,
+which the system takes back when the process ends, however it ends: so what a killed writer left can be told from what
+another one is writing, and the next write removes it. Nothing here imports torch: the process that builds engines uses
+it too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be removed: that tells as well
+    fcntl = None  # type: ignore[assignment]
+
+_UNFINISHED = re.compile(r"\.(.+)-[0-9a-f]{8}\.tmp", re.DOTALL)
+_ATTEMPTS = 10
+_SURELY_DEAD_S = 3600.0
+"""Where there are no locks an unfinished file that nobody has written to for so long has no writer any more."""
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], durable: bool = False) -> None:
+    """Write a file so that readers see the old content or the whole new one.
+
+    Args:
+        path: the file.
+        write: puts the content into an open file.
+        durable: come back only when it is on the disk, for a file that must outlive the end of the system as well.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was.
+    """
+    remove_unfinished(path.parent, path.name)
+    new, file = _create(path)
+    try:
+        with file:
+            write(file)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+            if fcntl is not None:
+                new.replace(path)  # while the lock is held
+        if fcntl is None:
+            new.replace(path)
+        if durable:
+            _sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in a folder, as far as that is possible.
+
+    Args:
+        folder: where to look, not below.
+        name: of the file that they were writing; None for any.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry.path for entry in entries if _is_unfinished(entry.name, name)]
+    except OSError:
+        return
+    for path in found:
+        with suppress(OSError):
+            _remove_if_dead(Path(path))
+
+
+def _is_unfinished(name: str, wanted: str | None) -> bool:
+    match = _UNFINISHED.fullmatch(name)
+    return match is not None and wanted in (None, match[1])
+
+
+def _create(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside a path, locked where that is possible."""
+    for _ in range(_ATTEMPTS):
+        new = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+        file = new.open("xb")  # with the permissions that any new file gets, unlike those of tempfile
+        if fcntl is None:
+            return new, file
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink:
+                return new, file
+        except BlockingIOError:
+            pass  # another process takes it for one that a killed writer left: between open and flock it looks so
+        except OSError:
+            return new, file  # no locks here
+        file.close()
+    raise OSError(f"other processes remove what is written beside {path}")
+
+
+def _remove_if_dead(path: Path) -> None:
+    if fcntl is None:
+        path.unlink()
+        return
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            if time.time() - os.fstat(file.fileno()).st_mtime < _SURELY_DEAD_S:
+                return
+        path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    with suppress(OSError):  # some file systems cannot, and the file itself is on the disk
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
