@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from .program import EngineStep, Program
 from .runtime import RunningProgram
 from .structure import child_labels, matches
 from .text import size_text
+from .torch_op import HANDLE, call_traced, register
 
 if TYPE_CHECKING:
     from .compare_report import CompareReport
@@ -57,6 +59,7 @@ class EngineModule(torch.nn.Module):
         self._running: RunningProgram | None = None
         self._load_lock = threading.Lock()
         self.training = False
+        self._handle = register(self, program.info.get(HANDLE))
         if self.device.type != "cuda" or torch.cuda.is_available():
             self._load()
 
@@ -75,6 +78,12 @@ class EngineModule(torch.nn.Module):
             BackendError: there is no device here to run on.
             ExecutionError: the backend or a plugin op failed.
         """
+        if torch.compiler.is_compiling():
+            return call_traced(self, args, kwargs)
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The call itself, arguments as the original takes them; the op of compiled graphs ends here, too."""
         running = self._running or self._load()
         tensors = self._checker(args, kwargs)
         signature = self.program.signature
@@ -85,7 +94,8 @@ class EngineModule(torch.nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to one file; see `Program.save`."""
-        self.program.save(path)
+        info = {**self.program.info, HANDLE: self._handle}  # exported programs that call this module find it by that
+        dataclasses.replace(self.program, info=info).save(path)
 
     def inspect(self) -> str:
         """What it runs, as text: inputs, steps with sizes and layers, plugins with their Python lines, outputs."""
