@@ -8,6 +8,7 @@ inputs, become part of the engine. Whatever cannot be an engine, or may not be o
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 import weakref
@@ -17,11 +18,14 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, OptionError
+from ..errors import DynamicShapeError, InputError, OptionError
 from .convert import convert
-from .dynamo_graph import ClosedGraph, Inputs, read_inputs, why_not
+from .dynamo_graph import ClosedGraph, Inputs, Shapes, number_in, read_inputs, why_not, without_dims
 from .module import EngineModule
 from .options import Options
+
+_SINGLE_SIZE = re.compile(r"^\s*(\w+) = (\d+)$", re.MULTILINE)
+"""What torch.export suggests for a dimension that cannot vary."""
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +127,10 @@ class CompiledGraph:
         self._engine: EngineModule | None = None
         self._eager = False
         self._said: set[str] = set()
+        self._numbers: dict[int, int | float] = {}
         self._weights: list[tuple[int, weakref.ref[torch.Tensor], int, int]] = []
         nodes = sum(node.op.startswith("call_") for node in graph.graph.nodes)
+        self._placeholders = [node.name for node in graph.graph.find_nodes(op="placeholder")]
         self._name = f"the graph of {nodes} call(s) at {inputs.place}" if inputs.place else f"a graph of {nodes} call(s)"
 
     def __call__(self, *inputs: Any) -> Any:
@@ -135,6 +141,10 @@ class CompiledGraph:
         if self._own.check_weights and self._weights_changed(inputs):
             self._leave("a weight was changed or replaced after the engine was built: compile the model again")
             return self._graph(*inputs)
+        for place, number in self._numbers.items():
+            if number_in(inputs[place]) != number:
+                self._say(f"for this call: the number {self._placeholders[place]} is fixed at {number} in the engine")
+                return self._graph(*inputs)
         try:
             return engine(*[inputs[place] for place in self._inputs.tensors])
         except InputError as error:
@@ -157,19 +167,15 @@ class CompiledGraph:
                 return None
             tensors = tuple(inputs[place].detach() for place in self._inputs.tensors)
             weights = {place: inputs[place] for place in self._inputs.weights}
+            numbers = {place: number_in(inputs[place]) for place in self._inputs.numbers}
             device = tensors[0].device
             backend = self._own.backend
             if backend == "auto" and device.type == "cpu":
                 backend = "onnxruntime"  # an engine of another backend could be built for a CPU, but not run there
             start = time.perf_counter()
+            closed = ClosedGraph(self._graph, self._inputs, weights, numbers)
             try:
-                engine = convert(
-                    ClosedGraph(self._graph, self._inputs, weights),
-                    tensors,
-                    dynamic_shapes=self._inputs.shapes,
-                    backend=backend,
-                    **{"device": device, **self._options},
-                )
+                engine = _convert(closed, tensors, self._inputs.shapes, {"device": device, **self._options}, backend)
             except OptionError:
                 raise
             except Exception as error:
@@ -180,6 +186,7 @@ class CompiledGraph:
             seconds = time.perf_counter() - start
             logger.info("%s became %s in %.1f s", self._name, engine.extra_repr(), seconds)
             self._weights = [(p, weakref.ref(w), _version(w), w.data_ptr()) for p, w in weights.items()]
+            self._numbers = numbers
             self._engine = engine
             return engine
 
@@ -207,6 +214,26 @@ class CompiledGraph:
         if kind not in self._said:  # once a graph and reason
             self._said.add(kind)
             logger.warning("trtbridge: %s runs in PyTorch %s.", self._name, reason.rstrip("."))
+
+
+def _convert(
+    graph: ClosedGraph,
+    tensors: tuple[torch.Tensor, ...],
+    shapes: Shapes,
+    options: Mapping[str, Any],
+    backend: str,
+) -> EngineModule:
+    """Convert; dimensions that dynamo holds for dynamic, but that have one possible size, become static."""
+    while True:
+        try:
+            return convert(graph, tensors, dynamic_shapes=shapes, backend=backend, **options)
+        except DynamicShapeError as error:
+            single = dict(_SINGLE_SIZE.findall(str(error)))
+            fewer = without_dims(shapes, single)
+            if fewer == shapes:
+                raise
+            logger.info("dimensions of one possible size: %s", ", ".join(f"{k} = {v}" for k, v in single.items()))
+            shapes = fewer
 
 
 def _version(tensor: torch.Tensor) -> int:

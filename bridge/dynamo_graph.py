@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from .origins import user_frame
 
 _LEAST_RANGE = 64
 
+Shapes = tuple[Mapping[int, Dim | DerivedDim], ...]
+"""For each tensor its dynamic dimensions."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -27,6 +30,7 @@ class Inputs:
         sizes: numbers that are sizes of tensors: position → (index among tensors, dimension, scale, offset), the
             dimension being scale * number + offset.
         shapes: for each tensor its dynamic dimensions.
+        numbers: other numbers; they are fixed at the value of the first call.
         names: for each tensor, what the user calls it.
         problem: why no engine can take these; "" if one can.
         place: Python file and line of the first call in the graph; "" if not known.
@@ -35,7 +39,8 @@ class Inputs:
     weights: tuple[int, ...]
     tensors: tuple[int, ...]
     sizes: Mapping[int, tuple[int, int, int, int]]
-    shapes: tuple[Mapping[int, Dim | DerivedDim], ...]
+    shapes: Shapes
+    numbers: tuple[int, ...]
     names: tuple[str, ...]
     problem: str = ""
     place: str = ""
@@ -45,7 +50,8 @@ def read_inputs(graph: torch.fx.GraphModule, max_size: int | None) -> Inputs:
     """Sort a graph's placeholders; must run while dynamo calls the backend, which knows the symbols."""
     weights: list[int] = []
     tensors: list[int] = []
-    numbers: dict[int, torch.SymInt] = {}
+    symbols: dict[int, torch.SymInt] = {}
+    numbers: list[int] = []
     shapes: list[dict[int, Dim | DerivedDim]] = []
     names: list[str] = []
     problem = ""
@@ -54,7 +60,9 @@ def read_inputs(graph: torch.fx.GraphModule, max_size: int | None) -> Inputs:
         source = getattr(node, "_dynamo_source", None)
         name = "" if source is None else str(source.name() if callable(source.name) else source.name)
         value = node.meta.get("example_value")
-        if isinstance(value, torch.Tensor) and ("._parameters[" in name or "._buffers[" in name):
+        if getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False):
+            numbers.append(place)  # a Python number, such as the epsilon of a normalization, under dynamic=True
+        elif isinstance(value, torch.Tensor) and ("._parameters[" in name or "._buffers[" in name):
             weights.append(place)
         elif isinstance(value, torch.Tensor):
             tensors.append(place)
@@ -64,23 +72,20 @@ def read_inputs(graph: torch.fx.GraphModule, max_size: int | None) -> Inputs:
             bad = [f"dimension {axis} of {names[-1]} is {value.shape[axis]}" for axis, d in shape.items() if d is None]
             problem = problem or ", ".join(bad)
         elif isinstance(value, torch.SymInt):
-            numbers[place] = value
+            symbols[place] = value
         else:
             problem = problem or f"it takes {name or node.name}, a {type(value).__name__}"
     sizes: dict[int, tuple[int, int, int, int]] = {}
-    for place, number in numbers.items():
+    for place, number in symbols.items():
         found = _find_size(str(number.node.expr), shapes)
-        users = [node for node in graph.graph.find_nodes(op="placeholder")][place].users
-        if found is not None:
-            sizes[place] = found
-        elif users:
-            problem = problem or f"it takes a number ({number}) that changes from call to call and is no tensor's size"
+        if found is None:
+            numbers.append(place)
         else:
-            sizes[place] = (0, 0, 1, 0)  # not read
+            sizes[place] = found
     if not tensors:
         problem = problem or "it takes no tensor but weights"
     return Inputs(
-        tuple(weights), tuple(tensors), sizes, tuple(shapes), tuple(names), problem, _place(graph)
+        tuple(weights), tuple(tensors), sizes, tuple(shapes), tuple(numbers), tuple(names), problem, _place(graph)
     )
 
 
@@ -135,6 +140,15 @@ def _finite(bound: Any, otherwise: int) -> int:
     return int(bound) if getattr(bound, "is_Integer", False) and abs(int(bound)) < 1 << 40 else otherwise
 
 
+def without_dims(shapes: Shapes, names: Collection[str]) -> Shapes:
+    """The same with the dimensions of some names static."""
+    return tuple({axis: dim for axis, dim in dims.items() if _root(dim).name not in names} for dims in shapes)
+
+
+def _root(dim: Dim | DerivedDim) -> Dim:
+    return dim if isinstance(dim, Dim) else dim.root
+
+
 def _find_size(name: str, shapes: Sequence[Mapping[int, Dim | DerivedDim]]) -> tuple[int, int, int, int] | None:
     for index, dims in enumerate(shapes):
         for axis, dim in dims.items():
@@ -153,6 +167,17 @@ def _place(graph: torch.fx.GraphModule) -> str:
     return ""
 
 
+class FixedNumber(float):
+    """A number where dynamo's graph expects a tensor with one: such a graph begins with its item()."""
+
+    def __new__(cls, value: float) -> Any:
+        """The number itself where it is whole: those come as they are."""
+        return value if isinstance(value, int) else super().__new__(cls, value)
+
+    def item(self) -> float:
+        return float(self)
+
+
 class ClosedGraph(torch.nn.Module):
     """A graph as a module that holds its weights and takes tensors alone.
 
@@ -160,10 +185,18 @@ class ClosedGraph(torch.nn.Module):
         graph: dynamo's.
         inputs: what it takes.
         weights: by position, shared and not copied.
+        numbers: by position, fixed.
     """
 
-    def __init__(self, graph: torch.fx.GraphModule, inputs: Inputs, weights: Mapping[int, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        graph: torch.fx.GraphModule,
+        inputs: Inputs,
+        weights: Mapping[int, torch.Tensor],
+        numbers: Mapping[int, int | float],
+    ) -> None:
         super().__init__()
+        self._numbers = numbers
         self._graph = graph
         self._inputs = inputs
         self._names = {}
@@ -178,6 +211,7 @@ class ClosedGraph(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> Any:
         """Run the graph, node by node, so that each call of the traced program knows the Python line it comes from."""
         given: dict[int, Any] = dict(zip(self._inputs.tensors, tensors, strict=True))
+        given |= {place: FixedNumber(number) for place, number in self._numbers.items()}
         for place, name in self._names.items():
             given[place] = getattr(self, name)
         for place, (index, axis, scale, offset) in self._inputs.sizes.items():
@@ -185,6 +219,11 @@ class ClosedGraph(torch.nn.Module):
             given[place] = size if (scale, offset) == (1, 0) else (size - offset) // scale
         with torch.fx.traceback.preserve_node_meta():
             return torch.fx.Interpreter(self._graph).run(*[given[place] for place in sorted(given)])
+
+
+def number_in(value: Any) -> int | float:
+    """A number that dynamo passes as it is, or as a tensor."""
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def why_not(graph: torch.fx.GraphModule, inputs: Inputs, given: Sequence[Any]) -> str:
@@ -200,13 +239,14 @@ def why_not(graph: torch.fx.GraphModule, inputs: Inputs, given: Sequence[Any]) -
         return f"its tensors are on {' and '.join(devices)}"
     if any(tensor.layout is not torch.strided for tensor in tensors):
         return "it takes tensors that are not dense"
+    numbers = {place: FixedNumber(number_in(given[place])) for place in inputs.numbers}
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with torch.inference_mode(False), torch.no_grad(), mode:  # tensors of inference mode do not count what is written
         fakes = [
             torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
-            if isinstance(v, torch.Tensor)
-            else v
-            for v in given
+            if isinstance(v, torch.Tensor) and place not in numbers
+            else numbers.get(place, v)
+            for place, v in enumerate(given)
         ]
         before = [fake._version if isinstance(fake, torch.Tensor) else 0 for fake in fakes]
         try:

@@ -62,7 +62,7 @@ def test_every_batch_size_with_two_engines(log: Log, assert_same: Same) -> None:
     model = Cnn().eval()
     compiled = compile(model)
     with torch.inference_mode():
-        for rows in (4, 2, 7, 64, 3):
+        for rows in (4, 2, 7, 15, 3):  # torch itself guards convolutions on a CPU at 16
             x = torch.randn(rows, 3, 8, 8)
             assert_same(compiled(x), model(x))
     engines = log(logging.INFO)
@@ -226,9 +226,8 @@ def returns_a_view(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (lambda: writes_to_a_view, "it writes to its input"),
         (lambda: returns_a_view, "it returns a view of its input"),
         (lambda: lambda x: torch.arange(8) * 2, ""),
-        (lambda: lambda x: x.to_sparse().to_dense() + 1, "ExportError"),
     ],
-    ids=["buffer", "view", "returned view", "no input", "no translation"],
+    ids=["buffer", "view", "returned view", "no input"],
 )
 def test_what_cannot_be_an_engine_runs_in_eager(make: Callable[[], Any], words: str, log: Log, assert_same: Same) -> None:
     model, same = make(), make()
@@ -243,6 +242,19 @@ def test_what_cannot_be_an_engine_runs_in_eager(make: Callable[[], Any], words: 
     assert any(words in warning for warning in warnings), warnings
     assert len(warnings) == 1
     assert "runs in PyTorch because" in warnings[0]
+
+
+def test_a_graph_that_does_not_convert_runs_in_eager(log: Log, assert_same: Same) -> None:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return torch.cummax(x, dim=1)[0]
+
+    x = torch.randn(2, 8)
+    assert_same(compile(call, fallback=False)(x), call(x))
+    (warning,) = log(logging.WARNING)
+    assert "UnsupportedOpError" in warning
+    torch._dynamo.reset()
+    with pytest.raises(tb.UnsupportedOpError, match="cummax"):
+        compile(call, fallback=False, on_failure="raise")(x)
 
 
 def test_raising_instead(log: Log) -> None:
@@ -282,12 +294,15 @@ def test_numbers_that_are_sizes(log: Log, assert_same: Same) -> None:
     assert not log(logging.WARNING)
 
 
-def test_numbers_that_are_no_sizes_run_in_eager(log: Log, assert_same: Same) -> None:
-    compiled = torch.compile(lambda x, n: x * n, backend="trtbridge", dynamic=True)
-    for number in (3, 4, 5):
+def test_other_numbers_are_fixed(log: Log, assert_same: Same) -> None:
+    compiled = torch.compile(lambda x, n, f: x * n + f, backend="trtbridge", dynamic=True)
+    for number, other in ((3, 0.5), (3, 0.5), (4, 0.5), (3, 0.25), (3, 0.5)):
         x = torch.randn(2, 8)
-        assert_same(compiled(x, number), x * number)
-    assert "changes from call to call" in log(logging.WARNING)[0]
+        assert_same(compiled(x, number, other), x * number + other)
+    assert len(log(logging.INFO)) == 1
+    warnings = log(logging.WARNING)
+    assert len(warnings) == 1
+    assert "fixed at 3 in the engine" in warnings[0]
 
 
 def test_random_numbers_stay_random(log: Log) -> None:
