@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .bridge.module import EngineModule
     from .bridge.options import Options
     from .bridge.precision import PrecisionReport
+    from .bridge.submodules import SubmodulesReport, convert_submodules
     from .bridge.tolerances import Tolerance
     from .passes.default import DEFAULT
     from .passes.pipeline import Pass, Pipeline
@@ -54,9 +55,11 @@ _LAZY = {
     "Pass": ".passes.pipeline",
     "Pipeline": ".passes.pipeline",
     "PrecisionReport": ".bridge.precision",
+    "SubmodulesReport": ".bridge.submodules",
     "Tolerance": ".bridge.tolerances",
     "compare": ".bridge.compare",
     "convert": ".bridge.convert",
+    "convert_submodules": ".bridge.submodules",
     "explain": ".bridge.convert",
     "export": ".bridge.export",
     "load": ".bridge.convert",
@@ -87,11 +90,13 @@ __all__ = [
     "Pipeline",
     "PluginError",
     "PrecisionReport",
+    "SubmodulesReport",
     "Tolerance",
     "TrtBridgeError",
     "UnsupportedOpError",
     "compare",
     "convert",
+    "convert_submodules",
     "explain",
     "export",
     "load",
