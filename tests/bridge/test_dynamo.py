@@ -260,12 +260,12 @@ def test_a_graph_that_does_not_convert_runs_in_eager(log: Log, assert_same: Same
         return torch.special.bessel_j0(x)
 
     x = torch.randn(2, 8)
-    assert_same(compile(call, fallback=False)(x), call(x))
+    assert_same(compile(call, plugin_host="engine")(x), call(x))
     (warning,) = log(logging.WARNING)
     assert "UnsupportedOpError" in warning
     torch._dynamo.reset()
     with pytest.raises(tb.UnsupportedOpError, match="bessel"):
-        compile(call, fallback=False, on_failure="raise")(x)
+        compile(call, plugin_host="engine", on_failure="raise")(x)
 
 
 def test_raising_instead(log: Log) -> None:
