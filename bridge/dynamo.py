@@ -131,7 +131,9 @@ class CompiledGraph:
         self._weights: list[tuple[int, weakref.ref[torch.Tensor], int, int]] = []
         nodes = sum(node.op.startswith("call_") for node in graph.graph.nodes)
         self._placeholders = [node.name for node in graph.graph.find_nodes(op="placeholder")]
-        self._name = f"the graph of {nodes} call(s) at {inputs.place}" if inputs.place else f"a graph of {nodes} call(s)"
+        self._name = (
+            f"the graph of {nodes} call(s) at {inputs.place}" if inputs.place else f"a graph of {nodes} call(s)"
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         engine = self._engine

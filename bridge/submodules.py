@@ -211,9 +211,7 @@ def _nest(structure: Structure, specs: Any) -> Any:
     return dict(zip(structure.keys, parts, strict=True)) if structure.keys else parts
 
 
-def _watch(
-    model: torch.nn.Module, chosen: Mapping[str, torch.nn.Module], samples: Iterable[Any]
-) -> dict[str, _Calls]:
+def _watch(model: torch.nn.Module, chosen: Mapping[str, torch.nn.Module], samples: Iterable[Any]) -> dict[str, _Calls]:
     """Run the model on samples and note how the chosen submodules are called."""
     calls = {path: _Calls() for path in chosen}
 

@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="auto, tensorrt, tensorrt_rtx or onnxruntime")
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--gpus-per-actor", type=float, default=0)
-    parser.add_argument("--address", default="local", help='"local" starts a cluster here, "auto" joins the running one')
+    parser.add_argument(
+        "--address", default="local", help='"local" starts a cluster here, "auto" joins the running one'
+    )
     options = parser.parse_args()
     device = "cuda:0" if options.gpus_per_actor else "cpu"
 

@@ -240,7 +240,9 @@ def returns_a_view(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ],
     ids=["buffer", "view", "returned view", "no input"],
 )
-def test_what_cannot_be_an_engine_runs_in_eager(make: Callable[[], Any], words: str, log: Log, assert_same: Same) -> None:
+def test_what_cannot_be_an_engine_runs_in_eager(
+    make: Callable[[], Any], words: str, log: Log, assert_same: Same
+) -> None:
     model, same = make(), make()
     compiled = compile(model)
     with torch.no_grad():

@@ -121,7 +121,9 @@ def test_compiles_without_a_graph_break(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
-def test_compiled_with_inductor(structured: tuple[nn.Module, tb.EngineModule], assert_same: Callable[..., None]) -> None:
+def test_compiled_with_inductor(
+    structured: tuple[nn.Module, tb.EngineModule], assert_same: Callable[..., None]
+) -> None:
     around = Around(structured[1])
     args = inputs(4)
     with torch.inference_mode():
@@ -183,7 +185,9 @@ def test_sizes_that_depend_on_data(chosen: tb.EngineModule, backend: str, assert
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of its decompositions
-def test_exports_with_its_bounds(structured: tuple[nn.Module, tb.EngineModule], assert_same: Callable[..., None]) -> None:
+def test_exports_with_its_bounds(
+    structured: tuple[nn.Module, tb.EngineModule], assert_same: Callable[..., None]
+) -> None:
     around = Tensors(structured[1]).eval()
     batch = torch.export.Dim("batch", min=1, max=16)
     program = torch.export.export(around, inputs(3), dynamic_shapes=({0: batch}, {0: batch}))
@@ -277,7 +281,10 @@ def test_autocast_does_not_reach_into_an_engine(structured: tuple[nn.Module, tb.
     x, more = inputs(3)
     compiled = torch.compile(engine, backend="eager", fullgraph=True)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        inside, traced = engine(x, {"more": more}, flag=True, none=None), compiled(x, {"more": more}, flag=True, none=None)
+        inside, traced = (
+            engine(x, {"more": more}, flag=True, none=None),
+            compiled(x, {"more": more}, flag=True, none=None),
+        )
     outside = engine(x, {"more": more}, flag=True, none=None)
     torch.testing.assert_close(inside.y, outside.y, rtol=0, atol=0)
     torch.testing.assert_close(traced.y, outside.y, rtol=0, atol=0)
