@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DynamicShapeError, InputError, OptionError
+from ..errors import BackendError, DynamicShapeError, InputError, OptionError
 from .convert import convert
 from .dynamo_graph import ClosedGraph, Inputs, Shapes, number_in, read_inputs, why_not, without_dims
 from .module import EngineModule
@@ -136,30 +136,34 @@ class CompiledGraph:
         )
 
     def __call__(self, *inputs: Any) -> Any:
-        engine = self._engine
+        engine = self._engine or self._convert(inputs)
         if engine is None:
-            if self._eager or (engine := self._convert(inputs)) is None:
-                return self._graph(*inputs)
+            return self._graph(*inputs)
         if self._own.check_weights and self._weights_changed(inputs):
             self._leave("a weight was changed or replaced after the engine was built: compile the model again")
             return self._graph(*inputs)
         for place, number in self._numbers.items():
             if number_in(inputs[place]) != number:
-                self._say(f"for this call: the number {self._placeholders[place]} is fixed at {number} in the engine")
-                return self._graph(*inputs)
+                return self._not_now(inputs, InputError(f"{self._placeholders[place]} is fixed at {number}"))
         try:
             return engine(*[inputs[place] for place in self._inputs.tensors])
         except InputError as error:
             # Sizes outside the engine's range; dynamo's guards have seen to all else.
-            self._say(
-                f"for this call, since the engine does not take it: {error}\n"
-                "options={'max_size': N} or torch._dynamo.mark_dynamic(x, dim, min=, max=) set the range"
-            )
-            if self._own.on_failure == "raise":
-                raise
-            return self._graph(*inputs)
+            return self._not_now(inputs, error)
+
+    def _not_now(self, inputs: Sequence[Any], error: InputError) -> Any:
+        """Run one call in PyTorch, or raise the error."""
+        if self._own.on_failure == "raise":
+            raise error
+        self._say(
+            f"for this call, since the engine does not take it: {error}\n"
+            "options={'max_size': N} or torch._dynamo.mark_dynamic(x, dim, min=, max=) set the range of a size"
+        )
+        return self._graph(*inputs)
 
     def _convert(self, inputs: Sequence[Any]) -> EngineModule | None:
+        if self._eager:
+            return None
         with self._lock:
             if self._engine is not None or self._eager:
                 return self._engine
@@ -203,11 +207,11 @@ class CompiledGraph:
         """Run in PyTorch from now on.
 
         Raises:
-            OptionError: that is not wanted.
+            BackendError: that is not wanted.
         """
         self._engine = None
         if self._own.on_failure == "raise":
-            raise OptionError(f"{self._name} cannot run as an engine (on_failure='raise'): {reason}.")
+            raise BackendError(f"{self._name} cannot run as an engine (on_failure='raise'): {reason}.")
         self._eager = True
         self._say(f"because {reason}")
 

@@ -1,4 +1,4 @@
-"""What dynamo's graphs take: weights, tensors with static or symbolic shapes, and sizes; and which cannot be engines."""
+"""What dynamo's graphs take: weights, tensors of static or symbolic shapes, numbers; and which cannot be engines."""
 
 from __future__ import annotations
 
@@ -257,7 +257,8 @@ def why_not(graph: torch.fx.GraphModule, inputs: Inputs, given: Sequence[Any]) -
     for name, fake, version in zip(names, fakes, before, strict=True):
         if isinstance(fake, torch.Tensor) and fake._version != version:
             return f"it writes to its input {name}"
-    memory = {fake.untyped_storage()._cdata: name for name, fake in zip(names, fakes) if isinstance(fake, torch.Tensor)}
+    pairs = zip(names, fakes, strict=True)
+    memory = {fake.untyped_storage()._cdata: name for name, fake in pairs if isinstance(fake, torch.Tensor)}
     for result in results if isinstance(results, (tuple, list)) else [results]:
         if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata in memory:
             return f"it returns a view of its input {memory[result.untyped_storage()._cdata]}"

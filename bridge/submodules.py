@@ -64,15 +64,15 @@ def convert_submodules(
         model: left as it is. Its other parameters and buffers are shared with the copy, not copied.
         select: which submodules: a path ("encoder"), a pattern of paths ("encoder.layer.*"), a class, a function of
             (path, module) that says True, or a list of these. Of two, one inside the other, the outer one counts.
-        inputs: a tuple of the model's arguments, or a list of samples, each such a tuple or a dict of arguments by name.
+        inputs: a tuple of the model's arguments, or a list of samples, each such a tuple or a dict by name.
         dynamic_shapes: path → what `convert` takes as ``dynamic_shapes`` of that submodule, instead of what is seen.
         skip_failures: leave what is not called, or does not convert, as it is.
         backend: as for `convert`.
         options: see `Options`.
 
     Returns:
-        The copy. Its attribute ``submodules_report`` is a `SubmodulesReport`. A submodule that the model holds in several
-        places is one engine in all of them.
+        The copy. Its attribute ``submodules_report`` is a `SubmodulesReport`. A submodule that the model holds in
+        several places is one engine in all of them.
 
     Raises:
         OptionError: nothing is selected, or an option is unknown.
@@ -233,8 +233,9 @@ def _watch(model: torch.nn.Module, chosen: Mapping[str, torch.nn.Module], sample
             elif isinstance(sample, (tuple, list)):
                 model(*sample)
             else:
+                kind = type(sample).__name__
                 raise InputError(
-                    f"inputs must be a tuple of arguments or a list of tuples and dicts, got {type(sample).__name__} in it."
+                    f"inputs must be a tuple of arguments or a list of tuples and dicts, got {kind} in it."
                 )
     return calls
 

@@ -4,8 +4,8 @@
     python examples/ray_data_inference.py --backend onnxruntime          # a cluster of this machine's CPUs
     python examples/ray_data_inference.py --actors 4 --gpus-per-actor 1   # a GPU each; several machines: --address auto
 
-A small network learns scikit-learn's handwritten digits for a few seconds, is converted once, and reads all 1,797 of them
-in batches of changing size. On a cluster of several machines the file must be where all of them can read it.
+A small network learns scikit-learn's handwritten digits for a few seconds, is converted once, and reads all 1,797 of
+them. On a cluster of several machines the file must be where all of them can read it.
 """
 
 from __future__ import annotations

@@ -86,9 +86,8 @@ def main() -> None:
     slowest = torch.tensor(seconds, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     with torch.inference_mode():
-        wrong = max(
-            float((found - model(batch.to(device))).abs().max()) for found, batch in zip(results, stream[rank::world])
-        )
+        pairs = zip(results, stream[rank::world], strict=True)
+        wrong = max(float((found - model(batch.to(device))).abs().max()) for found, batch in pairs)
     worst = torch.tensor(wrong, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if rank == 0:

@@ -115,7 +115,7 @@ def test_what_is_wrong_is_named() -> None:
     x = (ids(2, 5),)
     with pytest.raises(tb.InputError, match=r"Submodule unused \(Block\): the model does not call it"):
         tb.convert_submodules(model, "unused", x, backend="onnxruntime")
-    with pytest.raises(tb.OptionError, match="select='frist' selects no submodule of Model. Did you mean 'first'"):
+    with pytest.raises(tb.OptionError, match=r"select='frist' selects no submodule of Model\. Did you mean 'first'"):
         tb.convert_submodules(model, "frist", x, backend="onnxruntime")
     with pytest.raises(tb.OptionError, match="must be a path"):
         tb.convert_submodules(model, 3, x, backend="onnxruntime")  # type: ignore[arg-type]
