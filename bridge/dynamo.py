@@ -198,8 +198,8 @@ class CompiledGraph:
 
     def _weights_changed(self, inputs: Sequence[Any]) -> bool:
         for place, known, version, pointer in self._weights:
-            given = inputs[place]
-            if given is not known() or _version(given) != version or given.data_ptr() != pointer:
+            given: torch.Tensor = inputs[place]
+            if known() is not given or _version(given) != version or given.data_ptr() != pointer:
                 return True
         return False
 

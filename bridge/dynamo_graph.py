@@ -96,8 +96,8 @@ class _DimReader:
         self._max_size = max_size
         self._dims: dict[str, Dim] = {}
 
-    def read(self, size: torch.SymInt) -> Dim | DerivedDim | int | None:
-        """A dim, the number that a size turned out to be, or None where no engine can have such a size."""
+    def read(self, size: Any) -> Dim | DerivedDim | int | None:
+        """For a SymInt a dim, the number that a size turned out to be, or None where no engine can have such a size."""
         node = size.node
         expression = node.expr
         if expression.is_number:

@@ -8,6 +8,7 @@ file has been loaded, and is kept.
 
 from __future__ import annotations
 
+import threading
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ HANDLE = "handle"
 
 # The names of living modules, which is what a name in a graph needs; entries go with their modules.
 _modules: weakref.WeakValueDictionary[str, EngineModule] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
 
 _LIBRARY = torch.library.Library("trtbridge", "FRAGMENT")
 _LIBRARY.define(
@@ -38,8 +40,9 @@ _LIBRARY.define(
 
 def register(module: EngineModule, wanted: str | None) -> str:
     """Give a module its handle: the wanted one, unless another living module has that."""
-    handle = wanted if wanted and wanted not in _modules else uuid.uuid4().hex
-    _modules[handle] = module
+    with _lock:
+        handle = wanted if wanted and wanted not in _modules else uuid.uuid4().hex
+        _modules[handle] = module
     return handle
 
 
@@ -91,7 +94,9 @@ def _run(inputs: Sequence[torch.Tensor], engine: str) -> list[torch.Tensor]:
     return results
 
 
-@torch.library.register_fake(OP)
 def _fake(inputs: Sequence[torch.Tensor], engine: str) -> list[torch.Tensor]:
     module = find_module(engine)
     return fake_results(module.program.signature, inputs, module.device)
+
+
+torch.library.register_fake(OP, _fake, lib=_LIBRARY)
