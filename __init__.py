@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .bridge.options import Options
     from .bridge.precision import PrecisionReport
     from .bridge.runtime_options import RuntimeOptions
+    from .bridge.submodules import SubmodulesReport, convert_submodules
     from .bridge.tolerances import Tolerance
     from .passes.default import DEFAULT
     from .passes.pipeline import Pass, Pipeline
@@ -58,9 +59,11 @@ _LAZY = {
     "Pipeline": ".passes.pipeline",
     "PrecisionReport": ".bridge.precision",
     "RuntimeOptions": ".bridge.runtime_options",
+    "SubmodulesReport": ".bridge.submodules",
     "Tolerance": ".bridge.tolerances",
     "compare": ".bridge.compare",
     "convert": ".bridge.convert",
+    "convert_submodules": ".bridge.submodules",
     "explain": ".bridge.explain",
     "export": ".bridge.export",
     "load": ".bridge.convert",
@@ -93,11 +96,13 @@ __all__ = [
     "PluginError",
     "PrecisionReport",
     "RuntimeOptions",
+    "SubmodulesReport",
     "Tolerance",
     "TrtBridgeError",
     "UnsupportedOpError",
     "compare",
     "convert",
+    "convert_submodules",
     "explain",
     "export",
     "load",

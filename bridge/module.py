@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from .runtime import RunningProgram
 from .runtime_options import RuntimeOptions
 from .structure import child_labels, matches
 from .text import size_text
+from .torch_op import HANDLE, call_traced, register
 
 if TYPE_CHECKING:
     from .compare_report import CompareReport
@@ -68,6 +70,7 @@ class EngineModule(torch.nn.Module):
         self._load_lock = threading.Lock()
         self._original = None if eager is None else Original(eager, self.device)
         self.training = False
+        self._handle = register(self, program.info.get(HANDLE))
         if self.device.type != "cuda" or torch.cuda.is_available():
             self._load()
 
@@ -87,6 +90,12 @@ class EngineModule(torch.nn.Module):
             BackendError: there is no device here to run on.
             ExecutionError: the backend or a plugin op failed.
         """
+        if torch.compiler.is_compiling():
+            return call_traced(self, args, kwargs)
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The call itself, arguments as the original takes them; the op of compiled graphs ends here, too."""
         running = self._running or self._load()
         try:
             tensors = self._checker(args, kwargs)
@@ -122,7 +131,8 @@ class EngineModule(torch.nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to one file; see `Program.save`."""
-        self.program.save(path)
+        info = {**self.program.info, HANDLE: self._handle}  # exported programs that call this module find it by that
+        dataclasses.replace(self.program, info=info).save(path)
 
     def counters(self) -> Mapping[str, int]:
         """Calls so far, how many of them were replays of CUDA graphs, and how many contexts and graphs there are."""

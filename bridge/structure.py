@@ -219,7 +219,7 @@ def matches(value: Any, structure: Structure, path: str, leaves: list[Any]) -> N
     Raises:
         InputError: the value differs from the structure; the message names the place.
     """
-    if structure.kind == "tensor":
+    if structure.kind in ("tensor", "number"):
         leaves.append(value)
         return
     if structure.kind == "constant":
@@ -274,7 +274,8 @@ def _type_name(structure: Structure) -> str:
 def _build_dataclass(kind: type, fields: dict[str, Any]) -> Any:
     if issubclass(kind, Mapping):  # ModelOutput takes the set entries and leaves the rest None
         return kind(**fields)
-    init = {field.name for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    known = kind.__dataclass_fields__  # type: ignore[attr-defined]  # dataclasses.fields() breaks dynamo's graphs
+    init = {name for name in known if known[name].init}
     made = kind(**{name: part for name, part in fields.items() if name in init})
     for name in fields.keys() - init:
         object.__setattr__(made, name, fields[name])

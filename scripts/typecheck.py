@@ -43,7 +43,7 @@ from make_stubs import SETS, NoIndexError, StubError, StubSet, default_cache, ma
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "trtbridge"
-NOT_PACKAGE = {"tests", "scripts", "build", "dist", "docs", "typings"}
+NOT_PACKAGE = {"tests", "scripts", "build", "dist", "docs", "examples", "typings"}
 
 CONSTANTS = {
     "TensorRT 10.16": {"TENSORRT_10"},
