@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import onnx_ir as ir
 import torch
 
 from ..errors import BuildError, UnsupportedOpError
 from .backends.base import Backend, BuildOptions, Progress
 from .dtypes import to_torch
+from .graph_facts import KEY, gather
 from .plan import Plan, PluginCall
 from .program import EngineStep, Program, Step
 
@@ -26,7 +29,10 @@ def build_plan(plan: Plan, backend: Backend, options: BuildOptions, progress: Pr
             continue
         done = sum(isinstance(made, EngineStep) for made in steps)
         try:
-            steps.append(EngineStep(step.name, backend.build(step, options, _share(progress, done, count))))
+            engine = backend.build(step, options, _share(progress, done, count))
+            # Here and not in a backend: an engine may come from a cache, and its graph from other lines by now.
+            info = {**engine.info, KEY: gather(step)}
+            steps.append(EngineStep(step.name, dataclasses.replace(engine, info=info)))
         except (UnsupportedOpError, BuildError) as error:
             error.segment = step.name
             raise
