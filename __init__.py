@@ -27,16 +27,20 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .bridge.annotation import annotate
     from .bridge.compare import compare
     from .bridge.compare_report import CompareReport
     from .bridge.convert import convert, explain, load, save
     from .bridge.dims import Dim
     from .bridge.export import export
+    from .bridge.inspection import InspectReport
     from .bridge.localize import localize
     from .bridge.localize_report import LocalizeReport
     from .bridge.module import EngineModule
     from .bridge.options import Options
     from .bridge.precision import PrecisionReport
+    from .bridge.profile_report import ProfileReport
+    from .bridge.stats import Stats
     from .bridge.tolerances import Tolerance
     from .passes.default import DEFAULT
     from .passes.pipeline import Pass, Pipeline
@@ -49,12 +53,16 @@ _LAZY = {
     "DEFAULT": ".passes.default",
     "Dim": ".bridge.dims",
     "EngineModule": ".bridge.module",
+    "InspectReport": ".bridge.inspection",
     "LocalizeReport": ".bridge.localize_report",
     "Options": ".bridge.options",
     "Pass": ".passes.pipeline",
     "Pipeline": ".passes.pipeline",
     "PrecisionReport": ".bridge.precision",
+    "ProfileReport": ".bridge.profile_report",
+    "Stats": ".bridge.stats",
     "Tolerance": ".bridge.tolerances",
+    "annotate": ".bridge.annotation",
     "compare": ".bridge.compare",
     "convert": ".bridge.convert",
     "explain": ".bridge.convert",
@@ -78,6 +86,7 @@ __all__ = [
     "ExecutionError",
     "ExportError",
     "InputError",
+    "InspectReport",
     "LocalizeReport",
     "ModelFileError",
     "OptionError",
@@ -87,9 +96,12 @@ __all__ = [
     "Pipeline",
     "PluginError",
     "PrecisionReport",
+    "ProfileReport",
+    "Stats",
     "Tolerance",
     "TrtBridgeError",
     "UnsupportedOpError",
+    "annotate",
     "compare",
     "convert",
     "explain",

@@ -316,7 +316,7 @@ def _summarize(module: EngineModule, path: Path) -> None:
     info = module.program.info
     seconds: dict[str, float] = info["stage_seconds"]
     stages = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
-    _print(module.inspect())
+    _print(str(module.inspect(fusions=False)))
     if info.get("precision"):
         _print(str(PrecisionReport.from_json(info["precision"])))
     if module.verification is not None:

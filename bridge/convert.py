@@ -17,8 +17,9 @@ from .backends import choose_backend
 from .backends.base import Backend, Refusal
 from .cache import resolve_cache_dir
 from .export import DEFAULT_OPSET, ExportedModule, trace
+from .inspection import describe_plugin
 from .model import OnnxModel, Signature
-from .module import EngineModule, describe_plugin, pick_device
+from .module import EngineModule, pick_device
 from .onnx_file import read_onnx
 from .options import Options
 from .plan import PluginCall

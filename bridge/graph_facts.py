@@ -61,7 +61,7 @@ class WeightFacts:
 
 def gather(segment: Segment) -> dict[str, Any]:
     """The facts about a segment, ready for JSON."""
-    return {"origins": _pack(segment), "weights": _weigh(segment)}
+    return {"origins": _pack(segment), "weights": _weigh(segment), "dtypes": _count_dtypes(segment)}
 
 
 def read_nodes(info: Mapping[str, Any]) -> dict[str, NodeFacts]:
@@ -90,6 +90,25 @@ def read_weights(info: Mapping[str, Any]) -> WeightFacts | None:
     """
     found = info.get(KEY, {}).get("weights")
     return None if found is None else WeightFacts(**found)
+
+
+def read_dtypes(info: Mapping[str, Any]) -> dict[str, int]:
+    """How many nodes make tensors of which element type; empty where the engine does not tell.
+
+    Args:
+        info: `Engine.info`.
+    """
+    return dict(info.get(KEY, {}).get("dtypes", {}))
+
+
+def _count_dtypes(segment: Segment) -> dict[str, int]:
+    graph = segment.proto.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output]}
+    found: Counter[str] = Counter()
+    for node in graph.node:
+        known = [types[name] for name in node.output if types.get(name)]
+        found[ir.DataType(known[0]).name.lower() if known else "unknown"] += 1
+    return dict(found.most_common())
 
 
 def _pack(segment: Segment) -> str:

@@ -1,12 +1,13 @@
 """Profiles a module: whole calls as users make them, then step by step, then layer by layer, each in calls of its own.
 
 Timing a layer means waiting for it, so what is timed closely is not what is fast: every number comes from calls in
-which nothing finer was measured, and the report shows the sums beside one another.
+which nothing finer was measured, and the report shows the sums beside one another. Every number is the mean over the
+faster half of its calls: medians of layers do not add up to that of the engine, and means over all are the machine's
+other work as well.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from ..errors import BackendError, ExecutionError, OptionError
 from ..plugins.registry import call_op, find_op
 from .backends import get_backend
 from .backends.base import Engine
-from .backends.layers import LayerProfiler, LayerRun
+from .backends.layers import Layer, LayerProfiler, LayerRun
 from .dtypes import to_torch
 from .graph_facts import NodeFacts, read_nodes
 from .model import Origin
@@ -77,7 +78,7 @@ def profile(
         device=_device_text(device),
         inputs=", ".join(inputs),
         iterations=iterations,
-        call_ms=statistics.median(calls),
+        call_ms=_mean([calls[index] for index in _faster_half(calls)]),
         fastest_ms=min(calls),
         slowest_ms=max(calls),
         steps=tuple(step_times),
@@ -139,16 +140,15 @@ def _time_steps(
         _run(steps, _environment(program, tensors, device), clock.mark if timed else _nothing)
     moments = clock.read_ms()
     count = len(steps) + 1
+    calls = [moments[start : start + count] for start in range(0, len(moments), count)]
+    kept = [calls[index] for index in _faster_half([ends[-1] - ends[0] for ends in calls])]
     found = []
     for position, step in enumerate(program.steps):
-        times = [
-            moments[start + position + 1] - moments[start + position] for start in range(0, len(moments), count)
-        ]
-        median = statistics.median(times)
+        time_ms = _mean([ends[position + 1] - ends[position] for ends in kept])
         if isinstance(step, PluginCall):
-            found.append(StepTime(step.name, median, step.op, step.origin))
+            found.append(StepTime(step.name, time_ms, step.op, step.origin))
         else:
-            found.append(StepTime(step.name, median))
+            found.append(StepTime(step.name, time_ms))
     return found
 
 
@@ -189,19 +189,30 @@ def _time_layers(
 
 
 def _summarize(segment: str, calls: Sequence[Sequence[LayerRun]], nodes: Mapping[str, NodeFacts]) -> list[LayerTime]:
-    """The median time of each layer of an engine; one that runs several times in a call (in a loop) counts in all."""
-    found: dict[str, LayerRun] = {}
-    times: dict[str, list[float]] = {}
-    for index, runs in enumerate(calls):
-        for run in runs:
-            found.setdefault(run.layer.name, run)
-            times.setdefault(run.layer.name, [0.0] * len(calls))[index] += run.time_us
+    """The time of each layer of an engine; one that runs several times in a call (in a loop) counts in all."""
+    kept = _faster_half([sum(run.time_us for run in runs) for runs in calls])
+    totals: dict[str, float] = {}
+    found: dict[str, Layer] = {}
+    for index in sorted(kept):
+        for run in calls[index]:
+            found.setdefault(run.layer.name, run.layer)
+            totals[run.layer.name] = totals.get(run.layer.name, 0.0) + run.time_us
     layers = []
-    for name, run in found.items():
-        main, others = find_origin(run.layer.nodes, nodes)
-        median = statistics.median(times[name]) / 1e3
-        layers.append(LayerTime(name, run.layer.kind, segment, median, run.layer.nodes, main, others))
+    for name, layer in found.items():
+        main, others = find_origin(layer.nodes, nodes)
+        time_ms = totals[name] / len(kept) / 1e3
+        layers.append(LayerTime(name, layer.kind, segment, time_ms, layer.nodes, main, others))
     return layers
+
+
+def _faster_half(totals: Sequence[float]) -> list[int]:
+    """Which of some calls are the faster half of them."""
+    order = sorted(range(len(totals)), key=lambda index: totals[index])
+    return order[: (len(order) + 1) // 2]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def find_origin(names: Sequence[str], nodes: Mapping[str, NodeFacts]) -> tuple[Origin | None, tuple[str, ...]]:
@@ -266,7 +277,7 @@ def _layer_spans(
     shift = start + max(0.0, (end - start - total) / 2)
     for run, begins, length in placed:
         at = min(shift + begins, end)
-        yield Span(run.layer.name, "layer", at, min(length, end - at), details[segment, run.layer.name])
+        yield Span(run.layer.name, "layer", at, min(length, end - at), details.get((segment, run.layer.name), {}))
 
 
 # A call in steps

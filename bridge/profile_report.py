@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from .model import Origin
 
-_WIDTH = 110
+_WIDTH = 120
 """Columns of the tables where they go into text."""
 
 UNKNOWN = "?"
@@ -27,7 +27,7 @@ class LayerTime:
         name: as the backend names it.
         kind: of which kind, in the backend's own words.
         segment: name of the engine that it is in.
-        time_ms: median over the profiled calls, in milliseconds.
+        time_ms: in milliseconds a call, as the mean over the faster half of the calls; so are all times here.
         nodes: the nodes of the graph that it computes, by name; empty where nobody can tell.
         origin: where it comes from. Several nodes that were fused count where the product among them is (convolution,
             matrix product, attention), else where the last of them is. None where unknown.
@@ -54,7 +54,7 @@ class StepTime:
 
     Attributes:
         name: of the segment or the plugin's node.
-        time_ms: median over the calls, in milliseconds; layers were not timed in these.
+        time_ms: in milliseconds a call; layers were not timed in these calls.
         op: the plugin's op, "" for an engine.
         origin: where the plugin is called; None for an engine.
     """
@@ -127,7 +127,7 @@ class ProfileReport:
         backend, device: what ran it, and where.
         inputs: what it was called on, as text.
         iterations: how many calls of each kind were timed.
-        call_ms: a whole call as users make it, median, in milliseconds.
+        call_ms: a whole call as users make it, in milliseconds.
         fastest_ms, slowest_ms: of these calls.
         steps: segments and plugin calls in order, timed one by one in calls of their own.
         layers: of all engines, in order, timed by the backend in calls of their own.
@@ -246,8 +246,8 @@ class ProfileReport:
         """The tables that print() shows, for a rich console.
 
         Args:
-            depth: of the table by module, as for `by_module`; None for the one that gives about ``top`` rows.
-            top: most rows of each table.
+            depth: of the table by module, as for `by_module`; None for the deepest that is not too long.
+            top: most rows of each table; that of modules may have ten more.
         """
         from .profile_tables import render
 

@@ -17,12 +17,12 @@ def render(report: ProfileReport, depth: int | None, top: int) -> RenderResult:
     """The head, and time by step, by module, by line and by layer."""
     yield Text(f"{report.source or 'program'} on {report.backend}, {report.device}\n{report.inputs}")
     yield Text(
-        f"a call: {report.call_ms:.3f} ms (median of {report.iterations}, from {report.fastest_ms:.3f} to "
-        f"{report.slowest_ms:.3f})"
+        f"a call: {report.call_ms:.3f} ms (the faster half of {report.iterations}; all took {report.fastest_ms:.3f} to "
+        f"{report.slowest_ms:.3f} ms)"
     )
     yield _steps(report, top)
     yield Text("")
-    yield _modules(report, fitting_depth(report, top) if depth is None else depth, top)
+    yield _modules(report, fitting_depth(report, top + 10) if depth is None else depth, top + 10)
     yield Text("")
     yield _lines(report, top)
     yield Text("")
@@ -75,7 +75,9 @@ def _layers(report: ProfileReport, top: int) -> Table:
     table = _table("layer", ("ms", "of the call"), "kind", "module", "line")
     rows = sorted(report.layers, key=lambda layer: -layer.time_ms)
     for row in rows[:top]:
-        module = "(unknown)" if row.module == UNKNOWN else row.module + f" +{len(row.fused_with)}" * bool(row.fused_with)
+        module = (
+            "(unknown)" if row.module == UNKNOWN else row.module + f" +{len(row.fused_with)}" * bool(row.fused_with)
+        )
         numbers = _ms(row.time_ms), _share(row.time_ms, report.call_ms)
         table.add_row(*map(Text, (row.name, *numbers, row.kind, module, _place(row.origin))))
     _rest(table, len(rows) - top, sum(row.time_ms for row in rows[top:]), report)
@@ -89,19 +91,18 @@ def _rest(table: Table, count: int, time_ms: float, report: ProfileReport) -> No
 
 def _table(first: str, numbers: Sequence[str], *texts: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column(first, overflow="fold", min_width=20)
+    table.add_column(first, overflow="fold", min_width=30 if first == "layer" else 24)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     for name in texts:
-        table.add_column(name, overflow="fold")
+        # What is long here stands in the JSON as a whole.
+        table.add_column(name, overflow="ellipsis", no_wrap=True)
     return table
 
 
 def _place(origin: Origin | None) -> str:
-    """Folder, file and line: the whole path is long, and in the JSON."""
-    if origin is None or not origin.file:
-        return ""
-    return f"{'/'.join(PurePath(origin.file).parts[-1:])}:{origin.line}"
+    """File and line: the whole path is long, and in the JSON."""
+    return f"{PurePath(origin.file).name}:{origin.line}" if origin is not None and origin.file else ""
 
 
 def _ms(value: float) -> str:

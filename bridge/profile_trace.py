@@ -43,7 +43,9 @@ def make_trace(report: ProfileReport) -> dict[str, Any]:
     ]
     for span in report.spans:
         times = {"ts": round(span.start_us, 3), "dur": round(span.duration_us, 3)}
-        events.append({"name": span.name, "cat": span.category, "ph": "X", **times, **place, "args": dict(span.details)})
+        events.append(
+            {"name": span.name, "cat": span.category, "ph": "X", **times, **place, "args": dict(span.details)}
+        )
     return {
         "traceEvents": events,
         "displayTimeUnit": "ms",

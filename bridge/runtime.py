@@ -12,6 +12,7 @@ import torch
 from ..errors import ExecutionError, PluginError, TrtBridgeError
 from ..plugins.registry import call_op, find_op
 from ..plugins.sizes import names_in
+from .annotation import current_mark
 from .backends import get_backend
 from .backends.base import Backend, Engine, Executable
 from .dims import Range
@@ -54,6 +55,10 @@ class RunningProgram:
             else:
                 self._steps.append(_plugin_step(step, device, program.signature.dims))
         self._dead_after = _last_uses(program)
+        self._names = [step.name if isinstance(step, EngineStep) else f"plugin {step.op}" for step in program.steps]
+        self._title = program.source or "program"
+        self._calls = 0
+        self._count_lock = threading.Lock()
         self._local = threading.local()
 
     @torch.no_grad()
@@ -62,6 +67,8 @@ class RunningProgram:
 
         On CUDA the work is ordered with torch's current stream, and the call may return before it is done.
         """
+        with self._count_lock:
+            self._calls += 1
         if self.device.type != "cuda":
             return self._run(inputs)
         with torch.cuda.device(self.device):
@@ -95,10 +102,24 @@ class RunningProgram:
             torch.cuda.synchronize(self.device)
         return environment
 
+    def counters(self) -> Mapping[str, int]:
+        """What happened since it was loaded, for `stats.Stats`, which lists the names that it knows."""
+        return {"calls": self._calls}
+
     def _run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        mark = current_mark()
+        if mark is None:
+            return self._run_steps(inputs, self._steps)
+        with mark(self._title):
+            marked = [mark.around(step, name) for step, name in zip(self._steps, self._names, strict=True)]
+            return self._run_steps(inputs, marked)
+
+    def _run_steps(
+        self, inputs: Sequence[torch.Tensor], steps: Sequence[Callable[[_Environment], None]]
+    ) -> list[torch.Tensor]:
         environment = dict(zip(self._inputs, inputs, strict=True))
         environment.update(self._constants)
-        for step, dead in zip(self._steps, self._dead_after, strict=True):
+        for step, dead in zip(steps, self._dead_after, strict=True):
             step(environment)
             for name in dead:
                 del environment[name]

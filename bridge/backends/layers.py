@@ -97,7 +97,7 @@ def nodes_in_name(name: str, known: Mapping[str, object]) -> tuple[str, ...]:
         name: of a layer in TensorRT's profiler or inspector.
         known: nodes by name, in the order of the graph.
     """
-    name = _MYELIN.sub("", name)
+    name = base_name(name)
     if name in known:
         return (name,)
     found: list[str] = []
@@ -108,6 +108,11 @@ def nodes_in_name(name: str, known: Mapping[str, object]) -> tuple[str, ...]:
         found += order[min(ends) : max(ends) + 1] if ends else []
     rest = _FOREIGN.sub(" + ", name)
     return (*found, *(node for node in _known(_BETWEEN.split(rest), known) if node not in found))
+
+
+def base_name(name: str) -> str:
+    """A layer's name without the number that TensorRT's compiler puts behind those of its kernels."""
+    return _MYELIN.sub("", name)
 
 
 def _known(names: Iterable[str], known: Container[str]) -> tuple[str, ...]:
