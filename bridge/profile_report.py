@@ -153,6 +153,11 @@ class ProfileReport:
         """The sum of all steps; the rest of `call_ms` is checks of arguments, launches and what lies between steps."""
         return sum(step.time_ms for step in self.steps)
 
+    @property
+    def parts_ms(self) -> float:
+        """The sum of all layers and of all plugins between engines: what tables by module, line and layer divide."""
+        return sum(time_ms for _, time_ms, _ in self._parts())
+
     def layers_ms(self, segment: str) -> float:
         """The sum of an engine's layers."""
         return sum(layer.time_ms for layer in self.layers if layer.segment == segment)
@@ -226,7 +231,7 @@ class ProfileReport:
 
         write_trace(self, path)
 
-    def to_picture(self, path: str | os.PathLike[str], depth: int | None = None, rows: int = 16) -> None:
+    def to_picture(self, path: str | os.PathLike[str], depth: int | None = None, rows: int = 20) -> None:
         """Write bar charts of the modules and of the kinds of layers that take the most time: .png, .svg or .pdf.
 
         Args:

@@ -41,7 +41,7 @@ def _steps(report: ProfileReport, top: int) -> Table:
         numbers += [str(len(layers)), _ms(report.layers_ms(step.name))] if not step.op else ["", ""]
         name = f"plugin {step.op}" if step.op else step.name
         table.add_row(*map(Text, (name, *numbers, _place(step.origin) if step.op else "")))
-    _rest(table, len(report.steps) - len(shown), sum(s.time_ms for s in report.steps if s not in shown), report)
+    _rest(table, len(report.steps) - len(shown), sum(s.time_ms for s in report.steps if s not in shown), report.call_ms)
     table.add_row(*map(Text, ("all steps", _ms(report.steps_ms), _share(report.steps_ms, report.call_ms))))
     gap = report.call_ms - report.steps_ms
     table.add_row(*map(Text, ("the call's rest", _ms(gap), _share(gap, report.call_ms))))
@@ -49,44 +49,44 @@ def _steps(report: ProfileReport, top: int) -> Table:
 
 
 def _modules(report: ProfileReport, depth: int, top: int) -> Table:
-    table = _table(f"module (depth {depth})", ("ms", "of the call", "layers"))
+    table = _table(f"module (depth {depth})", ("ms", "of all", "layers"))
     rows = report.by_module(depth)
     for row in rows[:top]:
         name = {"": "(the module itself)", UNKNOWN: "(unknown)"}.get(row.path, row.path)
         count = f"{row.layers} + {row.plugins} plugin" if row.plugins else str(row.layers)
-        table.add_row(*map(Text, (name, _ms(row.time_ms), _share(row.time_ms, report.call_ms), count)))
-    _rest(table, len(rows) - top, sum(row.time_ms for row in rows[top:]), report)
+        table.add_row(*map(Text, (name, _ms(row.time_ms), _share(row.time_ms, report.parts_ms), count)))
+    _rest(table, len(rows) - top, sum(row.time_ms for row in rows[top:]), report.parts_ms)
     return table
 
 
 def _lines(report: ProfileReport, top: int) -> Table:
-    table = _table("line", ("ms", "of the call", "layers"), "code")
+    table = _table("line", ("ms", "of all", "layers"), "code")
     rows = report.by_line()
     for row in rows[:top]:
         place = _place(Origin(row.file, row.line)) or "(unknown)"
         table.add_row(
-            *map(Text, (place, _ms(row.time_ms), _share(row.time_ms, report.call_ms), str(row.layers), row.code))
+            *map(Text, (place, _ms(row.time_ms), _share(row.time_ms, report.parts_ms), str(row.layers), row.code))
         )
-    _rest(table, len(rows) - top, sum(row.time_ms for row in rows[top:]), report)
+    _rest(table, len(rows) - top, sum(row.time_ms for row in rows[top:]), report.parts_ms)
     return table
 
 
 def _layers(report: ProfileReport, top: int) -> Table:
-    table = _table("layer", ("ms", "of the call"), "kind", "module", "line")
+    table = _table("layer", ("ms", "of all"), "kind", "module", "line")
     rows = sorted(report.layers, key=lambda layer: -layer.time_ms)
     for row in rows[:top]:
         module = (
             "(unknown)" if row.module == UNKNOWN else row.module + f" +{len(row.fused_with)}" * bool(row.fused_with)
         )
-        numbers = _ms(row.time_ms), _share(row.time_ms, report.call_ms)
+        numbers = _ms(row.time_ms), _share(row.time_ms, report.parts_ms)
         table.add_row(*map(Text, (row.name, *numbers, row.kind, module, _place(row.origin))))
-    _rest(table, len(rows) - top, sum(row.time_ms for row in rows[top:]), report)
+    _rest(table, len(rows) - top, sum(row.time_ms for row in rows[top:]), report.parts_ms)
     return table
 
 
-def _rest(table: Table, count: int, time_ms: float, report: ProfileReport) -> None:
+def _rest(table: Table, count: int, time_ms: float, whole_ms: float) -> None:
     if count > 0:
-        table.add_row(*map(Text, (f"{count} more", _ms(time_ms), _share(time_ms, report.call_ms))))
+        table.add_row(*map(Text, (f"{count} more", _ms(time_ms), _share(time_ms, whole_ms))))
 
 
 def _table(first: str, numbers: Sequence[str], *texts: str) -> Table:

@@ -1,7 +1,7 @@
 """A profile as a Chrome trace: the JSON that chrome://tracing and Perfetto read.
 
-The format is Google's "Trace Event Format": an object with ``traceEvents``; a span is an event of phase X with ``ts`` and
-``dur`` in microseconds, spans of one thread lie within one another, and names of processes and threads are events of
+The format is Google's "Trace Event Format": an object with ``traceEvents``. A span is an event of phase X with ``ts``
+and ``dur`` in microseconds; spans of one thread lie within one another; names of processes and threads are events of
 phase M.
 """
 

@@ -171,9 +171,7 @@ class TrtLayerProfiler:
                 context.set_tensor_address(name, tensor.data_ptr())
         self._reported.clear()
         if not context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
-            raise ExecutionError(
-                "TensorRT failed to run the engine with its profiler; its words are on standard error."
-            )
+            raise ExecutionError("TensorRT failed to run the engine with a profiler; its words are on standard error.")
         self._calls.append(list(self._reported))
         return [self._take(name) if t is None else t for t, (name, _) in zip(outputs, self._outputs, strict=True)]
 
