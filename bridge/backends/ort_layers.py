@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,35 +78,43 @@ class OrtLayerProfiler:
             raise ExecutionError(f"ONNX Runtime's profile cannot be read: {error}") from error
         finally:
             self._folder.cleanup()
-        calls = [event for event in events if event.get("name") == "model_run"]
-        kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)]
-        return [
-            self._runs([e for e in kernels if call["ts"] <= e["ts"] < _end(call) + (not call["dur"])], call["ts"])
-            for call in sorted(calls, key=lambda event: event["ts"])
-        ]
-
-    def _runs(self, events: Sequence[dict[str, Any]], began: int) -> list[LayerRun]:
-        inside = [0.0] * len(events)  # time of the layers within each
-        open_events: list[int] = []
-        order = sorted(range(len(events)), key=lambda index: (events[index]["ts"], -events[index]["dur"]))
-        for index in order:
-            event = events[index]
-            while open_events and _end(events[open_events[-1]]) <= event["ts"]:
-                open_events.pop()
-            if open_events and _end(event) <= _end(events[open_events[-1]]):
-                inside[open_events[-1]] += event["dur"]
-            open_events.append(index)
-        runs = []
-        for index in order:
-            event = events[index]
-            name = event["name"].removesuffix(_KERNEL)
-            layer = self._layers.get(name) or Layer(name, event["args"].get("op_name", ""))
-            time_us = max(0.0, event["dur"] - inside[index])
-            runs.append(LayerRun(layer, time_us, float(event["ts"] - began), float(event["dur"])))
-        return runs
+        starts = sorted(event["ts"] for event in events if event.get("name") == "model_run")
+        calls: list[list[dict[str, Any]]] = [[] for _ in starts]
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+                calls[bisect.bisect_right(starts, event["ts"]) - 1].append(event)
+        return [read_runs(call, self._layers, began) for call, began in zip(calls, starts, strict=True)]
 
 
-def _end(event: dict[str, Any]) -> float:
+def read_runs(events: Sequence[Mapping[str, Any]], layers: Mapping[str, Layer], began_us: float) -> list[LayerRun]:
+    """The layers in the events of one call, in the order in which they began.
+
+    A loop's event lasts as long as its body, whose nodes have events as well: its own time is what is left.
+
+    Args:
+        events: of nodes, as ONNX Runtime's profiler writes them.
+        layers: known layers by name.
+        began_us: when the call began, in the events' time.
+    """
+    order = sorted(events, key=lambda event: (event["ts"], -event["dur"]))
+    inside = [0.0] * len(order)  # time of the layers within each
+    open_events: list[int] = []
+    for index, event in enumerate(order):
+        while open_events and _end(order[open_events[-1]]) <= event["ts"]:
+            open_events.pop()
+        if open_events and _end(event) <= _end(order[open_events[-1]]):
+            inside[open_events[-1]] += event["dur"]
+        open_events.append(index)
+    runs = []
+    for event, within in zip(order, inside, strict=True):
+        name = event["name"].removesuffix(_KERNEL)
+        layer = layers.get(name) or Layer(name, event["args"].get("op_name", ""))
+        start_us, span_us = float(event["ts"] - began_us), float(event["dur"])
+        runs.append(LayerRun(layer, max(0.0, span_us - within), start_us, span_us))
+    return runs
+
+
+def _end(event: Mapping[str, Any]) -> float:
     return float(event["ts"] + event["dur"])
 
 
