@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console
 from rich.text import Text
 
 from ..errors import BackendError, OptionError
@@ -99,7 +99,7 @@ def profile(
                 report = module.profile(args, kwargs, iterations)
         # Where this is no terminal, tables are as wide as in text.
         out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-        out.print(Group(*report.tables(depth, top)))
+        out.print(report.tables(depth, top))
         if trace is not None:
             report.to_chrome_trace(trace)
         if picture is not None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from .backends.base import Segment
@@ -22,6 +23,7 @@ from .model import Origin, iterate_nodes, origin_of
 KEY = "graph"
 """Where `Engine.info` has these facts."""
 
+_MOVES = ("Cast", "Identity", "Reshape", "Transpose")  # between a weight and the nodes that use it
 _FIELDS = ("file", "line", "code", "module", "module_class", "op")  # of an Origin; ``call`` is for building alone
 
 
@@ -130,8 +132,15 @@ def _pack(segment: Segment) -> str:
 
 
 def _weigh(segment: Segment) -> dict[str, Any]:
-    nodes = list(iterate_nodes(segment.proto.graph))
-    readers = Counter(name for node in nodes for name in set(node.input))
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in iterate_nodes(segment.proto.graph):
+        for name in set(node.input):
+            readers.setdefault(name, []).append(node)
+
+    def count_uses(name: str) -> int:
+        """How many nodes read a tensor, as it is or moved."""
+        return sum(count_uses(node.output[0]) if node.op_type in _MOVES else 1 for node in readers.get(name, ()))
+
     sizes: Counter[str] = Counter()
     shared = shared_bytes = 0
     for tensor in segment.proto.graph.initializer:
@@ -141,7 +150,7 @@ def _weigh(segment: Segment) -> dict[str, Any]:
             elements *= size
         size_bytes = -(-elements * dtype.bitwidth // 8) if dtype != ir.DataType.STRING else 0
         sizes[dtype.name.lower()] += size_bytes
-        if readers[tensor.name] > 1:
+        if count_uses(tensor.name) > 1:
             shared, shared_bytes = shared + 1, shared_bytes + size_bytes
     count = len(segment.proto.graph.initializer)
     return {"count": count, "bytes_by_dtype": dict(sizes), "shared": shared, "shared_bytes": shared_bytes}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 
 from .model import Origin
 
@@ -247,7 +247,7 @@ class ProfileReport:
 
         draw(self, path, depth, rows)
 
-    def tables(self, depth: int | None = None, top: int = 15) -> RenderResult:
+    def tables(self, depth: int | None = None, top: int = 15) -> Group:
         """The tables that print() shows, for a rich console.
 
         Args:
@@ -256,10 +256,10 @@ class ProfileReport:
         """
         from .profile_tables import render
 
-        return render(self, depth, top)
+        return Group(*render(self, depth, top))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self.tables()
+        yield self.tables()
 
     def __str__(self) -> str:
         text = io.StringIO()

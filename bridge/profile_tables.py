@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
-from rich.console import RenderResult
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +13,7 @@ from .model import Origin
 from .profile_report import UNKNOWN, ProfileReport, fitting_depth
 
 
-def render(report: ProfileReport, depth: int | None, top: int) -> RenderResult:
+def render(report: ProfileReport, depth: int | None, top: int) -> Iterator[RenderableType]:
     """The head, and time by step, by module, by line and by layer."""
     yield Text(f"{report.source or 'program'} on {report.backend}, {report.device}\n{report.inputs}")
     yield Text(

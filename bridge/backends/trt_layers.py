@@ -166,9 +166,9 @@ class TrtLayerProfiler:
             self._sized = SizedByData(self._flavour, context, sized, self._device)
         if self._sized is not None:
             self._sized.clear()
-        for tensor, (name, _) in zip([*tensors, *outputs], [*self._inputs, *self._outputs], strict=True):
-            if tensor is not None:
-                context.set_tensor_address(name, tensor.data_ptr())
+        for bound, (name, _) in zip([*tensors, *outputs], [*self._inputs, *self._outputs], strict=True):
+            if bound is not None:
+                context.set_tensor_address(name, bound.data_ptr())
         self._reported.clear()
         if not context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             raise ExecutionError("TensorRT failed to run the engine with a profiler; its words are on standard error.")
