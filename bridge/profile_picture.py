@@ -71,7 +71,7 @@ def _charts(report: ProfileReport, depth: int | None, rows: int) -> list[tuple[s
     if len(report.steps) > 1:
         steps = [(f"plugin {step.op}" if step.op else step.name, step.time_ms) for step in report.steps]
         charts.append(("step", "by step", steps if len(steps) <= rows else _most(steps, rows)))
-    charts.append(("kind", "by kind of layer", _most(list(kinds.items()), rows)))
+    charts.append(("kind", "by kind of layer", _most(list(kinds.items()), min(rows, 12))))
     return charts
 
 

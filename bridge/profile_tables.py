@@ -91,12 +91,12 @@ def _rest(table: Table, count: int, time_ms: float, whole_ms: float) -> None:
 
 def _table(first: str, numbers: Sequence[str], *texts: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column(first, overflow="fold", min_width=30 if first == "layer" else 24)
+    table.add_column(first, overflow="fold", min_width=32 if first == "layer" else 24)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     for name in texts:
-        # What is long here stands in the JSON as a whole.
-        table.add_column(name, overflow="ellipsis", no_wrap=True)
+        # A line of code may be cut, a place and a path may not.
+        table.add_column(name, overflow="fold" if name == "module" else "ellipsis", no_wrap=name != "module")
     return table
 
 
