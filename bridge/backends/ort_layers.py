@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,20 +48,17 @@ class OrtLayerProfiler:
     """
 
     def __init__(self, open_session: Open, graph: onnx.GraphProto) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="trtbridge-")
-        folder = Path(self._folder.name)
+        folder = Path(tempfile.mkdtemp(prefix="trtbridge-"))
+        # Also where a call fails and nobody asks for the times.
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
         def prepare(options: Any) -> None:
             _keep_optimized(options, folder)
             options.enable_profiling = True
             options.profile_file_prefix = str(folder / "profile")
 
-        try:
-            self._executable = open_session(prepare)
-            self._layers = {layer.name: layer for layer in _layers(folder, graph)}
-        except BaseException:
-            self._folder.cleanup()
-            raise
+        self._executable = open_session(prepare)
+        self._layers = {layer.name: layer for layer in _layers(folder, graph)}
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self._executable(inputs)
@@ -77,7 +76,7 @@ class OrtLayerProfiler:
         except (OSError, ValueError) as error:
             raise ExecutionError(f"ONNX Runtime's profile cannot be read: {error}") from error
         finally:
-            self._folder.cleanup()
+            self._remove_folder()
         starts = sorted(event["ts"] for event in events if event.get("name") == "model_run")
         calls: list[list[dict[str, Any]]] = [[] for _ in starts]
         for event in events:

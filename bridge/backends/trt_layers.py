@@ -150,6 +150,9 @@ class TrtLayerProfiler:
             ExecutionError: TensorRT failed.
         """
         context = self._loaded.context
+        if not all(tensor.numel() for tensor in inputs):
+            shapes = [tuple(tensor.shape) for tensor in inputs]
+            raise ExecutionError(f"TensorRT does not run on empty tensors, so there is nothing to time; got {shapes}.")
         tensors = [t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in inputs]
         for tensor, (name, _) in zip(tensors, self._inputs, strict=True):
             if not context.set_input_shape(name, tuple(tensor.shape)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -307,3 +308,17 @@ def test_without_a_gpu() -> None:
     fast = tb.convert(nn.Linear(4, 4).eval(), (torch.randn(2, 4),), backend="tensorrt_rtx")
     with pytest.raises(tb.BackendError, match="run on a CUDA device"):
         fast.profile((torch.randn(2, 4),))
+
+
+def test_a_failing_plugin_leaves_no_files(
+    fast: tb.EngineModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("trtbridge.bridge.profile.call_op", fail)
+    with pytest.raises(ValueError, match="no such luck"):
+        fast.profile((X,), {"scale": SCALE}, iterations=1)
+    gc.collect()
+    assert not list(tmp_path.glob("trtbridge-*"))
