@@ -28,18 +28,22 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .bridge.annotation import annotate
     from .bridge.compare import compare
     from .bridge.compare_report import CompareReport
     from .bridge.convert import convert, load, save
     from .bridge.dims import Dim
     from .bridge.explain import explain
     from .bridge.export import export
+    from .bridge.inspection import InspectReport
     from .bridge.localize import localize
     from .bridge.localize_report import LocalizeReport
     from .bridge.module import EngineModule
     from .bridge.options import Options
     from .bridge.precision import PrecisionReport
+    from .bridge.profile_report import ProfileReport
     from .bridge.runtime_options import RuntimeOptions
+    from .bridge.stats import Stats
     from .bridge.submodules import SubmodulesReport, convert_submodules
     from .bridge.tolerances import Tolerance
     from .passes.default import DEFAULT
@@ -53,14 +57,18 @@ _LAZY = {
     "DEFAULT": ".passes.default",
     "Dim": ".bridge.dims",
     "EngineModule": ".bridge.module",
+    "InspectReport": ".bridge.inspection",
     "LocalizeReport": ".bridge.localize_report",
     "Options": ".bridge.options",
     "Pass": ".passes.pipeline",
     "Pipeline": ".passes.pipeline",
     "PrecisionReport": ".bridge.precision",
+    "ProfileReport": ".bridge.profile_report",
     "RuntimeOptions": ".bridge.runtime_options",
+    "Stats": ".bridge.stats",
     "SubmodulesReport": ".bridge.submodules",
     "Tolerance": ".bridge.tolerances",
+    "annotate": ".bridge.annotation",
     "compare": ".bridge.compare",
     "convert": ".bridge.convert",
     "convert_submodules": ".bridge.submodules",
@@ -85,6 +93,7 @@ __all__ = [
     "ExecutionError",
     "ExportError",
     "InputError",
+    "InspectReport",
     "LocalizeReport",
     "ModelFileError",
     "OptionError",
@@ -95,11 +104,14 @@ __all__ = [
     "Pipeline",
     "PluginError",
     "PrecisionReport",
+    "ProfileReport",
     "RuntimeOptions",
+    "Stats",
     "SubmodulesReport",
     "Tolerance",
     "TrtBridgeError",
     "UnsupportedOpError",
+    "annotate",
     "compare",
     "convert",
     "convert_submodules",

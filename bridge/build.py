@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from ..errors import BuildError, UnsupportedOpError
 from .backends.base import Backend, BuildOptions, Engine, Progress, Refusal, Segment
 from .dtypes import to_torch
 from .engine_cache import EngineCache
+from .graph_facts import KEY, gather
 from .plan import Plan
 from .program import EngineStep, Program, Step
 
@@ -48,10 +50,13 @@ def build_plan(
 
     def build(index: int) -> Engine:
         try:
-            share = shares.of(index)
-            if cache is not None:
-                return cache.build(segments[index], backend, options, share)
-            return backend.build(segments[index], options, share)
+            segment, share = segments[index], shares.of(index)
+            if cache is None:
+                engine = backend.build(segment, options, share)
+            else:
+                engine = cache.build(segment, backend, options, share)
+            # Here and not in a backend: an engine may come from a cache, and its graph from other lines by now.
+            return dataclasses.replace(engine, info={**engine.info, KEY: gather(segment)})
         except (UnsupportedOpError, BuildError) as error:
             error.segment = segments[index].name
             raise

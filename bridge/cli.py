@@ -1,4 +1,5 @@
-"""The ``trtbridge`` command: convert, explain, run, compare, localize, passes, plugins, cache, doctor.
+"""The ``trtbridge`` command: convert, explain, run, inspect, profile, compare, localize, passes,
+plugins, cache, doctor.
 
 torch takes seconds to import, so nothing here does before a command needs it: ``-h`` answers at once.
 """
@@ -60,6 +61,8 @@ from .cli_options import (
 )
 from .cli_passes import passes as passes_command
 from .cli_plugins import app as plugins_app
+from .cli_profile import inspect as inspect_command
+from .cli_profile import profile as profile_command
 from .cli_source import import_code, search_here
 from .text import size_text
 
@@ -95,6 +98,13 @@ app.command(
     "[bold]trtbridge compare model.py:make net.trtb --html report.html[/bold]\n\n"
     "[bold]trtbridge compare net.onnx net.trtb --samples 20 --rtol 1e-2 --atol 1e-3[/bold]",
 )(compare_command)
+app.command("inspect", epilog="Example:\n\n[bold]trtbridge inspect net.trtb[/bold]")(inspect_command)
+app.command(
+    "profile",
+    epilog="Examples:\n\n"
+    "[bold]trtbridge profile net.trtb --size batch=8 --picture profile.png[/bold]\n\n"
+    "[bold]trtbridge profile model.py:make --trace trace.json[/bold]",
+)(profile_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -321,7 +331,7 @@ def _summarize(module: EngineModule, path: Path) -> None:
     info = module.program.info
     seconds: dict[str, float] = info["stage_seconds"]
     stages = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
-    _print(module.inspect())
+    _print(str(module.inspect(fusions=False)))
     if info.get("precision"):
         _print(str(PrecisionReport.from_json(info["precision"])))
     if module.verification is not None:

@@ -17,19 +17,21 @@ from .backends import get_backend
 from .cache import resolve_cache_dir
 from .dims import evaluate_size
 from .dtypes import to_torch
+from .inspection import InspectReport, inspect
 from .model import Signature, TensorSpec
 from .out_of_range import Original
-from .plan import PluginCall
 from .profiles import fits
-from .program import EngineStep, Program
+from .program import Program
 from .runtime import RunningProgram
 from .runtime_options import RuntimeOptions
-from .structure import child_labels, matches
+from .stats import Stats, gather_stats
+from .structure import matches
 from .text import size_text
 from .torch_op import HANDLE, call_traced, register
 
 if TYPE_CHECKING:
     from .compare_report import CompareReport
+    from .profile_report import ProfileReport
 
 
 class EngineModule(torch.nn.Module):
@@ -134,14 +136,40 @@ class EngineModule(torch.nn.Module):
         info = {**self.program.info, HANDLE: self._handle}  # exported programs that call this module find it by that
         dataclasses.replace(self.program, info=info).save(path)
 
-    def counters(self) -> Mapping[str, int]:
-        """Calls so far, how many of them were replays of CUDA graphs, and how many contexts and graphs there are."""
-        return {} if self._running is None else self._running.counters()
+    def inspect(self, fusions: bool = True) -> InspectReport:
+        """What it runs: steps, precisions, fusions, weights, memory, plugins with their Python lines; prints as text.
 
-    def inspect(self) -> str:
-        """What it runs, as text: inputs, steps with sizes and layers, plugins with their Python lines, outputs."""
-        text = describe(self.program)
-        return text if self._original is None else f"{text}\n  {self._original}"
+        Args:
+            fusions: ask the backend what it fused, which loads the engines once more for that moment; TensorRT-RTX
+                engines are read instead where there is no GPU.
+
+        Raises:
+            BackendError: the backend cannot load an engine.
+        """
+        return inspect(self.program, self.device, fusions, "" if self._original is None else str(self._original))
+
+    def profile(
+        self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, iterations: int = 20
+    ) -> ProfileReport:
+        """Where the time of a call goes: by layer, segment and plugin, back to module and Python line.
+
+        Layers run in copies of the engines, so that calls stay as they are; these copies take memory meanwhile.
+
+        Args:
+            args, kwargs: of the call, in one sequence and one mapping: ``fast.profile((x,), {"mask": mask})``.
+            iterations: how many calls are timed, of each kind: whole, step by step, layer by layer.
+
+        Raises:
+            OptionError: there are no iterations.
+            InputError, BackendError, ExecutionError: as a call.
+        """
+        from .profile import profile
+
+        return profile(self, args, kwargs or {}, iterations, self._cache_folder)
+
+    def stats(self) -> Stats:
+        """Calls so far, sizes and memory; prints as text."""
+        return gather_stats(self.program, self.device, self._running, self.eager_calls)
 
     @property
     def out_of_range(self) -> str:
@@ -368,46 +396,3 @@ class _Leaf:
 
     def _expected(self) -> str:
         return f"of {self.spec.type_text}"
-
-
-def describe(program: Program) -> str:
-    """A program as text."""
-    lines = [f"{program.source or 'program'} on {program.backend}, {size_text(program.size_bytes)}"]
-    signature = program.signature
-    lines += [f"  input {line}" for line in signature.describe_inputs()]
-    lines += [f"  {line}" for line in signature.describe_profiles()]
-    for step in program.steps:
-        if isinstance(step, EngineStep):
-            info = step.engine.info
-            version = f" {info['version']}" if "version" in info else ""
-            target = f" for {info['target']}" if "target" in info else ""
-            layers = f", {len(info['layers'])} layers" if info.get("layers") else ""
-            size = size_text(step.engine.size_bytes)
-            count = len(info.get("profiles", ()))
-            profiles = f", {count} profiles" if count > 1 else ""
-            lines.append(f"  {step.name}: engine of {size}{layers}{profiles}, {program.backend}{version}{target}")
-            lines += [f"    plugin {p['op']} inside it; from {p['place']}" for p in info.get("plugins", ())]
-        else:
-            lines += [f"  {line}" for line in describe_plugin(step, "between engines")]
-    lines += [f"  output {line}" for line in signature.describe_outputs()]
-    constants = [f"{label}={value!r}" for label, value in _fixed(signature) if value is not None]
-    if constants:
-        lines.append(f"  fixed arguments: {', '.join(constants)}")
-    return "\n".join(lines)
-
-
-def describe_plugin(call: PluginCall, place: str) -> list[str]:
-    """A plugin call as lines: the op, where it was called, why it is a plugin and why it is where it is."""
-    lines = [f"plugin {call.op} {place}; from {call.origin}"]
-    if call.reason:
-        lines.append("  because " + call.reason.replace("\n", "\n    "))
-    if call.host_refusal:
-        lines.append("  not inside an engine: " + call.host_refusal)
-    return lines
-
-
-def _fixed(signature: Signature) -> list[tuple[str, Any]]:
-    positional, keyword = signature.input_structure.children
-    names = [*signature.parameters, *child_labels(keyword, "")]
-    parts = [*positional.children, *keyword.children]
-    return [pair for name, part in zip(names, parts, strict=True) for pair in part.constants(name)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ExecutionError
+from .annotation import current_mark
 from .backends import get_backend
 from .backends.base import Backend, Executable
 from .cuda_graphs import Captured, Capturer, GraphCache, capture_id
@@ -67,6 +68,9 @@ class RunningProgram:
         self._lanes = LanePool(self._make_lane, options.max_contexts)
         self._lanes.give(self._lanes.take())
         self._captured: dict[tuple[int, int], Lane] = {}  # by stream and capture of the caller
+        self._names = [step.name if isinstance(step, EngineStep) else f"plugin {step.op}" for step in program.steps]
+        self._title = program.source or "program"
+        self._count_lock = threading.Lock()
         self._local = threading.local()
         self._calls = 0
         self._graphs, self.graph_refusal = self._make_graphs(program, options)
@@ -78,13 +82,16 @@ class RunningProgram:
 
         On CUDA the work is ordered with torch's current stream, and the call may return before it is done.
         """
-        self._calls += 1
+        with self._count_lock:
+            self._calls += 1
         if self.device.type != "cuda":
             return self._run_in_lane(inputs)
         with torch.cuda.device(self.device) if torch.cuda.current_device() != self.device.index else nullcontext():
             if torch.cuda.is_current_stream_capturing():
                 return self._run_in_capture(inputs)
-            if self._graphs is not None and (outputs := self._graphs.call(inputs)) is not None:
+            # Ranges around single steps need the steps: `tb.annotate` sees plain calls.
+            graphs = self._graphs if current_mark() is None else None
+            if graphs is not None and (outputs := graphs.call(inputs)) is not None:
                 return outputs
             caller = torch.cuda.current_stream()
             if caller != torch.cuda.default_stream():
@@ -165,19 +172,37 @@ class RunningProgram:
         return max(sizes, default=0) if self._share_workspace else sum(sizes)
 
     def counters(self) -> Mapping[str, int]:
-        """How many calls there were, how many of them were replays, and what there is now."""
+        """What happened since it was loaded and what there is now, for `stats.Stats`, which tells what each means."""
         graphs = self._graphs
-        found = {"calls": self._calls, "contexts": self._lanes.made, "graphs": len(graphs) if graphs is not None else 0}
-        return found | (graphs.counters if graphs is not None else {})
+        captured = 0 if graphs is None else len(graphs)
+        replays = 0 if graphs is None else graphs.counters["graph_replays"]
+        return {
+            "calls": self._calls,
+            "plain_calls": self._calls - replays,
+            "graph_replays": replays,
+            "captured_graphs": captured,
+            "graph_captures": 0 if graphs is None else graphs.counters["graph_captures"],
+            "graph_evictions": 0 if graphs is None else graphs.counters["graph_evictions"],
+            "contexts": self._lanes.made,
+            "workspace_bytes": self.workspace_bytes * (self._lanes.made + bool(captured)),
+        }
 
     # Parts
 
-    @torch.no_grad()
     def _run(self, inputs: Sequence[torch.Tensor], lane: Lane) -> list[torch.Tensor]:
         """A plain call on torch's current stream."""
+        mark = current_mark()
+        if mark is None:
+            return self._run_steps(inputs, self._steps, lane)
+        with mark(self._title):
+            marked = [mark.around(step, name) for step, name in zip(self._steps, self._names, strict=True)]
+            return self._run_steps(inputs, marked, lane)
+
+    @torch.no_grad()
+    def _run_steps(self, inputs: Sequence[torch.Tensor], steps: Sequence[RunStep], lane: Lane) -> list[torch.Tensor]:
         environment: Environment = dict(zip(self._inputs, inputs, strict=True))
         environment.update(self._constants)
-        for step, context, dead in zip(self._steps, lane.contexts, self._dead_after, strict=True):
+        for step, context, dead in zip(steps, lane.contexts, self._dead_after, strict=True):
             step(environment, context)
             for name in dead:
                 del environment[name]

@@ -17,6 +17,7 @@ from ..model import Origin, TensorSpec
 if TYPE_CHECKING:
     from ..plan import PluginCall
     from ..runtime_options import RuntimeOptions
+    from .layers import EngineLayers, LayerProfiler
 
 Progress = Callable[[str, float], None]
 """``progress(phase, fraction)``: called while an engine builds; fraction in [0, 1]. Raising KeyboardInterrupt stops."""
@@ -279,5 +280,21 @@ class Backend(Protocol):
         Raises:
             BackendError: not installed, no such device, or the engine was built for another GPU or version.
             PluginError: a plugin op inside the engine is not registered in this process.
+        """
+        ...
+
+    def load_profiler(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> LayerProfiler:
+        """Load an engine once more, for measuring its layers; arguments as for `load`.
+
+        Raises:
+            BackendError, PluginError: as `load`.
+        """
+        ...
+
+    def layers(self, engine: Engine, device: torch.device) -> EngineLayers | None:
+        """What the engine was fused into; None where nobody can tell here.
+
+        Raises:
+            BackendError: not installed, or the engine was built for another GPU or version.
         """
         ...

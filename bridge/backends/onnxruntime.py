@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from ..model import TensorSpec, iterate_nodes
 from ..profiles import EngineProfiles
 from ..runtime_options import RuntimeOptions
 from .base import BackendStatus, BuildOptions, Context, Engine, Progress, Refusal, Segment
+from .layers import EngineLayers
+from .ort_layers import OrtLayerProfiler, optimized_layers
 from .ort_refusals import find_refusals
 from .ort_session import (
     MODEL_PART,
@@ -198,6 +200,27 @@ class OnnxRuntimeBackend:
         """
         if options is not None:
             self.check_runtime(options)
+        return self._open(engine, device)
+
+    def load_profiler(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> OrtLayerProfiler:
+        """Load an engine into a session of its own that notes the time of each layer; see `Backend.load_profiler`.
+
+        Raises:
+            BackendError, ModelFileError: as `load`.
+        """
+        return OrtLayerProfiler(lambda prepare: self._open(engine, device, prepare), _graph_of(engine))
+
+    def layers(self, engine: Engine, device: torch.device) -> EngineLayers:
+        """The layers as ONNX Runtime fuses them for a device; see `Backend.layers`.
+
+        Raises:
+            BackendError, ModelFileError: as `load`.
+        """
+        return optimized_layers(lambda prepare: self._open(engine, device, prepare), _graph_of(engine))
+
+    def _open(
+        self, engine: Engine, device: torch.device, prepare: Callable[[Any], None] | None = None
+    ) -> OnnxRuntimeExecutable:
         ort = _import_onnxruntime()
         if engine.backend != self.name:
             raise BackendError(f"This engine was built by {engine.backend!r}; {self.name!r} cannot load it.")
@@ -216,7 +239,7 @@ class OnnxRuntimeBackend:
             providers.insert(0, ("CUDAExecutionProvider", cuda))
         try:
             values = ort_values(ort, weights)
-            session = make_session(ort, proto, values, providers=providers)
+            session = make_session(ort, proto, values, providers=providers, prepare=prepare)
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {name} on {device}: {error}") from error
         if stream is not None and "CUDAExecutionProvider" not in session.get_providers():
@@ -251,7 +274,7 @@ class OnnxRuntimeExecutable:
         keep_alive: tuple[Any, ...] = (),
     ) -> None:
         self.device = device
-        self._session = session
+        self.session = session
         self._name = str(engine.info.get("segment", "engine"))
         self._inputs = [_Binding.make(spec, narrow) for spec in engine.inputs]
         self._outputs = [_Binding.make(spec, narrow) for spec in engine.outputs]
@@ -292,7 +315,7 @@ class OnnxRuntimeExecutable:
 
     def _run_numpy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         feeds = {binding.name: tensor.numpy() for binding, tensor in zip(self._inputs, tensors, strict=True)}
-        arrays = self._session.run([binding.name for binding in self._outputs], feeds, _run_options())
+        arrays = self.session.run([binding.name for binding in self._outputs], feeds, _run_options())
         # An input that is an output as it is comes back as the same memory (seen up to ONNX Runtime 1.22).
         own = (array.copy() if b.name in feeds else array for array, b in zip(arrays, self._outputs, strict=True))
         return [torch.from_numpy(array) for array in own]
@@ -315,12 +338,12 @@ class OnnxRuntimeExecutable:
     def _run_bound(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run over bare pointers: for every device and every element type."""
         kind, index = self.device.type, self.device.index or 0
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         for this, tensor in zip(self._inputs, tensors, strict=True):
             binding.bind_input(this.name, kind, index, int(this.type), list(tensor.shape), tensor.data_ptr())
         for this in self._outputs:
             binding.bind_output(this.name, kind, index)
-        self._session.run_with_iobinding(binding, _run_options(synchronize=self._stream is None))
+        self.session.run_with_iobinding(binding, _run_options(synchronize=self._stream is None))
         results = []
         for value, this in zip(binding.get_outputs(), self._outputs, strict=True):
             shape = value.shape()
@@ -369,6 +392,10 @@ def _bytes_at(address: int, size_bytes: int, device: torch.device) -> torch.Tens
     if device.type == "cuda":
         return torch.as_tensor(_DevicePointer(address, size_bytes), device=device)
     return torch.frombuffer((ctypes.c_uint8 * size_bytes).from_address(address), dtype=torch.uint8)
+
+
+def _graph_of(engine: Engine) -> onnx.GraphProto:
+    return read_parts(engine, str(engine.info.get("segment", "engine")))[0].graph
 
 
 def _import_onnxruntime() -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -202,8 +202,9 @@ def make_session(
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     optimize: bool = True,
     prepack: bool = True,
+    prepare: Callable[[Any], None] | None = None,
 ) -> Any:
-    """A session whose stand-ins have the given values.
+    """A session whose stand-ins have the given values; ``prepare`` may change its options.
 
     ONNX Runtime copies those values while the session is created. `SessionOptions.add_initializer` would not, but it
     goes by name, and the optimizer that moves transposes puts other values under the same name: wrong results.
@@ -219,6 +220,8 @@ def make_session(
         options.add_session_config_entry("session.disable_prepacking", "1")
     if values:
         options.add_external_initializers(list(values), list(values.values()))
+    if prepare is not None:
+        prepare(options)
     return ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers), enable_fallback=0)
 
 

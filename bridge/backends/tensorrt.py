@@ -33,6 +33,7 @@ from ...errors import (
     UnsupportedOpError,
 )
 from ..cache import resolve_cache_dir
+from ..graph_facts import read_nodes
 from ..model import Origin, TensorSpec
 from ..profiles import EngineProfiles
 from ..runtime_options import RuntimeOptions
@@ -40,11 +41,14 @@ from . import trt_build
 from .base import BackendStatus, BuildOptions, Engine, Executable, Progress, Refusal, Segment
 from .empty import EmptySafe, can_be_empty, empty_parts, revive_empty_parts
 from .flavour import FLAVOURS, Flavour, find_capabilities, tf32_environment
+from .layers import EngineLayers, LayerProfiler
 from .plugin_library import library_environment, require_library
 from .plugin_nodes import describe_host, hosted_plugins, probe_segment
+from .rtx_plan import read_plan
 from .timing_cache import timing_file
 from .trt_blame import describe_refusals, failure_words, find_refusals, find_suspects, parsed_graph
 from .trt_fit import identity, made_for, misfit, words_of_invalidity
+from .trt_layers import TrtLayerProfiler, inspect_layers
 from .trt_run import ENGINE_PART, TensorRtExecutable
 
 if TYPE_CHECKING:
@@ -186,6 +190,17 @@ class TensorRtBackend:
             words = words_of_invalidity(self.flavour, engine.parts[ENGINE_PART])
             raise BackendError(f"{error}{words}") from error
         return EmptySafe(engine, executable) if can_be_empty(engine.inputs) else executable
+
+    def load_profiler(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> LayerProfiler:
+        if device.type != "cuda" or not torch.cuda.is_available():
+            raise BackendError(_no_gpu(self.flavour))
+        return TrtLayerProfiler(self.flavour, engine, device, cache_dir, read_nodes(engine.info))
+
+    def layers(self, engine: Engine, device: torch.device) -> EngineLayers | None:
+        nodes = read_nodes(engine.info)
+        if device.type == "cuda" and torch.cuda.is_available() and self.status().can_run:
+            return inspect_layers(self.flavour, engine, device, nodes)
+        return read_plan(engine.parts[ENGINE_PART], nodes) if self.flavour.jit else None
 
     def _require_build(self) -> None:
         status = self.status()

@@ -151,6 +151,8 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
         config.builder_optimization_level = job.optimization_level
     if job.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+    # Layers keep the names of the nodes in them, for profiles and the inspector; RTX's engines are of the same size.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     target_gpus(flavour, config, job.compute_capabilities, job.gpu_present)
     config.progress_monitor = _make_monitor(flavour, report)
     problem = _add_profiles(builder, network, config, job.profiles)

@@ -126,8 +126,8 @@ def test_calls_overlap_up_to_max_contexts() -> None:
         with ThreadPoolExecutor(8) as threads:
             results = list(threads.map(module, inputs))
     assert most[0] == 2
-    assert module.counters()["contexts"] == 2
-    assert module.counters()["calls"] == 8
+    assert module.stats().contexts == 2
+    assert module.stats().calls == 8
     for x, y in zip(inputs, results, strict=True):
         torch.testing.assert_close(y, x * 2 + 1)
 

@@ -203,7 +203,7 @@ def test_engine_without_a_gpu_is_built_saved_and_inspected(tmp_path: Path) -> No
     )
     tb.save(fast, tmp_path / "model.trtb")
     loaded = tb.load(tmp_path / "model.trtb")
-    text = loaded.inspect()
+    text = str(loaded.inspect())
     for word in ("tensorrt_rtx 1.", "segment0: engine of", "layers", "plugin aten::cummax.default", "batch in [1, 5]"):
         assert word in text
     assert "tensorrt_rtx" in repr(loaded)

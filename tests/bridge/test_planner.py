@@ -318,7 +318,7 @@ def test_nodes_of_a_file_become_plugins(tmp_path: Any) -> None:
         plugin_host="segments",
     )
     assert _plugins(fast) == ["trtbridge::onnx_node.default"] * 2
-    assert "tensorrt_rtx refuses Det" in fast.inspect()
+    assert "tensorrt_rtx refuses Det" in str(fast.inspect())
     on_cpu = tb.convert(
         tmp_path / "m.onnx", dynamic_shapes={"x": {0: tb.Dim("N", min=1, max=8)}}, backend="onnxruntime"
     )

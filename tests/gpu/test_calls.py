@@ -89,9 +89,9 @@ def test_numbers_and_fresh_results(make: Make, eager: Net, device: torch.device,
     for result, as_it_was in kept:
         assert torch.equal(result, as_it_was), "a later call must not change an earlier result"
     if mode is True and not DRY_RUN:
-        counters = module.counters()
-        assert counters["graphs"] == counters["graph_captures"] == 3
-        assert counters["graph_replays"] == 15, "all but the first call with each shape"
+        counted = module.stats()
+        assert counted.captured_graphs == counted.graph_captures == 3
+        assert counted.graph_replays == 15, "all but the first call with each shape"
 
 
 def test_results_are_reused_on_request(make: Make, cuda: torch.device) -> None:
@@ -112,12 +112,12 @@ def test_graphs_are_bounded_and_captured_again(make: Make, eager: Net, cuda: tor
     for turn in range(12):  # longer than two graphs times the patience: the least recently used one goes
         given = arguments(3, cuda, turn)
         close(module(*given), eager, given)
-    assert module.counters()["graph_evictions"] == 1
+    assert module.stats().graph_evictions == 1
     for turn in range(12):
         for batch in (1, 3):
             given = arguments(batch, cuda, turn)
             close(module(*given), eager, given)
-    assert module.counters()["graphs"] == 2
+    assert module.stats().captured_graphs == 2
 
 
 def test_eight_shapes_in_turn_need_no_new_capture(make: Make, eager: Net, cuda: torch.device) -> None:
@@ -127,7 +127,7 @@ def test_eight_shapes_in_turn_need_no_new_capture(make: Make, eager: Net, cuda: 
             given = arguments(batch, cuda, turn)
             close(module(*given), eager, given)
         if turn >= 1:
-            assert module.counters()["graph_captures"] == 8
+            assert module.stats().graph_captures == 8
 
 
 def test_random_shapes_leave_memory_flat(make: Make, cuda: torch.device, report: Report) -> None:
@@ -151,8 +151,8 @@ def test_random_shapes_leave_memory_flat(make: Make, cuda: torch.device, report:
         allocated_mib_before=round(before / 2**20, 2),
         allocated_mib_after=round(after / 2**20, 2),
         peak_mib=round(torch.cuda.max_memory_allocated() / 2**20, 2),
-        graphs=module.counters()["graphs"],
-        captures=module.counters()["graph_captures"],
+        graphs=module.stats().captured_graphs,
+        captures=module.stats().graph_captures,
     )
     assert after <= before + (1 << 20)
 
@@ -214,7 +214,7 @@ def test_eight_threads(make: Make, eager: Net, cuda: torch.device, mode: bool, o
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    assert module.counters()["contexts"] <= 3
+    assert module.stats().contexts <= 3
 
 
 def test_bound_call(make: Make, eager: Net, device: torch.device) -> None:
@@ -279,7 +279,7 @@ def test_what_depends_on_data_runs_plainly(backend: str, cuda: torch.device) -> 
     module = tb.convert(Pick(), (x,), backend=backend, max_data_size=9, cuda_graphs=True)
     for _ in range(3):
         torch.testing.assert_close(module(x), x[x[:, 0] > 0] * 2)
-    assert module.counters().get("graph_captures", 0) == 0
+    assert module.stats().graph_captures == 0
 
 
 def test_a_call_that_fails_leaves_the_next_one_right(backend: str, cuda: torch.device) -> None:
@@ -303,7 +303,7 @@ def test_a_call_that_fails_leaves_the_next_one_right(backend: str, cuda: torch.d
         torch.testing.assert_close(module(x), x * 2 + 1)
         with pytest.raises(tb.ExecutionError, match="not three"):
             module(x[:3])
-    assert module.counters()["graphs"] == 1
+    assert module.stats().captured_graphs == 1
 
 
 def test_a_replay_is_no_slower_than_a_plain_call(make: Make, cuda: torch.device, report: Report) -> None:

@@ -132,9 +132,9 @@ def test_graphs_of_several_profiles(net: tb.EngineModule, eager: Net, cuda: torc
     for seed in range(4):
         for sizes in SIZES:
             check(module, eager, arguments(*sizes, cuda, seed))
-    counters = module.counters()
-    assert (counters["graph_captures"], counters["graphs"]) == (len(SIZES), len(SIZES))
-    assert counters["graph_replays"] == 3 * len(SIZES)
+    counted = module.stats()
+    assert (counted.graph_captures, counted.captured_graphs) == (len(SIZES), len(SIZES))
+    assert counted.graph_replays == 3 * len(SIZES)
 
 
 def test_a_capture_by_the_caller_keeps_its_profile(net: tb.EngineModule, eager: Net, cuda: torch.device) -> None:
