@@ -6,6 +6,8 @@ them (float32 ones even for a bfloat16 model, which makes the graph invalid). En
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import onnxscript.optimizer
@@ -14,13 +16,24 @@ from onnxscript.rewriter.rules import common as rules
 
 from ..nodes import DOMAIN
 from .model import INLINE_LIMIT_BYTES
+from .parameters import hidden
 
 _ROUNDS = 2  # as many as the exporter makes; the second one finds what the first one opened up
 
 
-def simplify(model: ir.Model) -> None:
-    """Inline functions, fold constants and shape arithmetic, and apply onnxscript's exact rewrites, in place."""
+def simplify(model: ir.Model, parameters: Collection[str] = ()) -> None:
+    """Inline functions, fold constants and shape arithmetic, and apply onnxscript's exact rewrites, in place.
+
+    Args:
+        model: as the exporter made it.
+        parameters: initializers whose values are not to be looked at.
+    """
     onnxscript.optimizer.inline(model)
+    with hidden(model, parameters):
+        _simplify(model)
+
+
+def _simplify(model: ir.Model) -> None:
     rewrites = RewritePass(
         [
             rules.cast_cast_rule,
