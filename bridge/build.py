@@ -30,8 +30,10 @@ def build_plan(plan: Plan, backend: Backend, options: BuildOptions, progress: Pr
         except (UnsupportedOpError, BuildError) as error:
             error.segment = step.name
             raise
-    constants = {name: _snapshot(tensor) for name, tensor in plan.constants.items()}
-    return Program(backend.name, tuple(steps), plan.signature, constants, plan.aliases, plan.source)
+    constants = {name: snapshot(tensor) for name, tensor in plan.constants.items()}
+    return Program(
+        backend.name, tuple(steps), plan.signature, constants, plan.aliases, plan.source, recipes=plan.recipes
+    )
 
 
 def _share(progress: Progress | None, done: int, count: int) -> Progress | None:
@@ -42,7 +44,7 @@ def _share(progress: Progress | None, done: int, count: int) -> Progress | None:
     return lambda phase, fraction: report(f"build: {phase}", (done + fraction) / count)
 
 
-def _snapshot(tensor: ir.TensorProtocol) -> torch.Tensor:
+def snapshot(tensor: ir.TensorProtocol) -> torch.Tensor:
     """A copy, so that later changes of the module's weights do not reach the program."""
     raw = getattr(tensor, "raw", None)
     if isinstance(raw, torch.Tensor):

@@ -18,12 +18,13 @@ from .backends.base import Backend, Refusal
 from .cache import resolve_cache_dir
 from .export import DEFAULT_OPSET, ExportedModule, trace
 from .model import OnnxModel, Signature
-from .module import EngineModule, describe_plugin, pick_device
+from .module import EngineModule, describe_plugin, pick_device, runs_here
 from .onnx_file import read_onnx
 from .options import Options
 from .plan import PluginCall
 from .planner import Planner
 from .program import Program
+from .refit import Weights
 from .stages import Stages
 
 Model = torch.nn.Module | str | os.PathLike[str]
@@ -87,7 +88,10 @@ def convert(
     }
     if planner.precision is not None:
         info["precision"] = planner.precision.to_json()
-    module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir)
+    program = dataclasses.replace(program, info=info)
+    # Without a GPU there is nothing to put the weights into yet.
+    weights = model if isinstance(model, torch.nn.Module) and runs_here(device) else None
+    module = EngineModule(program, device, chosen.cache_dir, weights if program.is_stripped else None)
     if chosen.verify is not False:
         from .compare_verify import verify
 
@@ -117,9 +121,18 @@ def make_planner(
                 raise OptionError("For an .onnx file dynamic_shapes is a dict by input name.")
             if options.opset is not None:
                 raise OptionError(f"opset={options.opset}: an .onnx file has its own opset; leave the option out.")
+            if options.can_be_refitted:
+                raise OptionError("Refitting is for torch modules: an .onnx file does not say what its weights are.")
             source: ExportedModule | OnnxModel = read_onnx(model, dynamic_shapes)
         else:
-            source = trace(model, args, kwargs, dynamic_shapes=dynamic_shapes, opset=options.opset or DEFAULT_OPSET)
+            source = trace(
+                model,
+                args,
+                kwargs,
+                dynamic_shapes=dynamic_shapes,
+                opset=options.opset or DEFAULT_OPSET,
+                refittable=options.can_be_refitted,
+            )
     return Planner(source, backend, options, stages, attention=make_attention(options, backend, may_measure))
 
 
@@ -220,6 +233,7 @@ def load(
     path: str | os.PathLike[str],
     device: torch.device | str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    weights: Weights | None = None,
 ) -> EngineModule:
     """Read a module that `save` wrote.
 
@@ -227,10 +241,13 @@ def load(
         path: the file.
         device: where to run; default the backend's own choice.
         cache_dir: folder for compiled kernels.
+        weights: a module or a state dict whose weights the engines take: needed for a file without weights, else as
+            `EngineModule.refit` does.
 
     Raises:
+        RefitError: the weights do not fit, or the file takes none.
         ModelFileError: no such file, damaged, or no such program.
         BackendError: the engines cannot run here.
         PluginError: a plugin op is not registered in this process.
     """
-    return EngineModule(Program.load(path), device, cache_dir)
+    return EngineModule(Program.load(path), device, cache_dir, weights)

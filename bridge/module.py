@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from ..errors import BackendError, InputError, OptionError, TrtBridgeError
+from ..errors import BackendError, InputError, OptionError, RefitError, TrtBridgeError
 from ..plugins.sizes import names_in
 from .backends import get_backend
 from .cache import resolve_cache_dir
@@ -19,6 +19,7 @@ from .dtypes import to_torch
 from .model import Signature, TensorSpec
 from .plan import PluginCall
 from .program import EngineStep, Program
+from .refit import Weights, refit_program
 from .runtime import RunningProgram
 from .structure import child_labels, matches
 from .text import size_text
@@ -37,9 +38,11 @@ class EngineModule(torch.nn.Module):
         program: what it runs.
         device: where; None for the backend's own choice (the current CUDA device, or the CPU).
         cache_dir: folder for compiled kernels; None for the default one.
+        weights: a module or a state dict whose weights the engines take first.
 
     Raises:
         BackendError: the engines cannot run on that device.
+        RefitError: the weights do not fit.
     """
 
     def __init__(
@@ -47,17 +50,20 @@ class EngineModule(torch.nn.Module):
         program: Program,
         device: torch.device | str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        weights: Weights | None = None,
     ) -> None:
         super().__init__()
-        self.program = program
         self.device = pick_device(program.backend, device)
+        self._stripped = program if program.is_stripped else None
+        self.program = program if weights is None else refit_program(program, weights, self.device)
         self._cache_dir = cache_dir
         self._cache_folder: Path | None = resolve_cache_dir(cache_dir)
         self._checker = InputChecker(program.signature, self.device)
         self._running: RunningProgram | None = None
         self._load_lock = threading.Lock()
+        self._refit_lock = threading.Lock()
         self.training = False
-        if self.device.type != "cuda" or torch.cuda.is_available():
+        if runs_here(self.device) and not self.program.is_stripped:
             self._load()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,6 +79,7 @@ class EngineModule(torch.nn.Module):
         Raises:
             InputError: an argument does not fit; the message names each that does not and what was expected.
             BackendError: there is no device here to run on.
+            RefitError: the engines were saved without weights and have got none.
             ExecutionError: the backend or a plugin op failed.
         """
         running = self._running or self._load()
@@ -84,8 +91,35 @@ class EngineModule(torch.nn.Module):
         return signature.output_structure.unflatten(results)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the program to one file; see `Program.save`."""
-        self.program.save(path)
+        """Write the program to one file, without weights if it was converted so; see `Program.save`."""
+        (self._stripped or self.program).save(path)
+
+    def refit(self, weights: Weights) -> None:
+        """Take other weights, without a rebuild: all engines, or none where they do not fit.
+
+        Calls that are running end with the old weights, later ones have the new ones. While it works there are two
+        copies of the weights on the device.
+
+        Args:
+            weights: a module like the one that was converted, or its state dict; whole, with the same names, types and
+                shapes, on any device.
+
+        Raises:
+            RefitError: it was converted without ``refittable=True``, or the weights do not fit; each that does not is
+                named.
+            BackendError: there is no device here to work on.
+        """
+        with self._refit_lock:
+            program = refit_program(self.program, weights, self.device)
+            if not runs_here(self.device):
+                self.program = program
+                return
+            fresh = RunningProgram(program, self.device, self._cache_folder)
+            with self._load_lock:
+                old, self.program, self._running = self._running, program, fresh
+            if old is not None:
+                with old.exclusive():  # calls that have begun are over when this returns
+                    pass
 
     def inspect(self) -> str:
         """What it runs, as text: inputs, steps with sizes and layers, plugins with their Python lines, outputs."""
@@ -106,6 +140,11 @@ class EngineModule(torch.nn.Module):
         return ", ".join(parts)
 
     def _load(self) -> RunningProgram:
+        if self.program.is_stripped:
+            raise RefitError(
+                f"{self.program.source} was saved without weights. Give it some: tb.load(path, weights=...) with the "
+                "module or its state dict, or module.refit(...)."
+            )
         with self._load_lock:
             if self._running is None:
                 self._running = RunningProgram(self.program, self.device, self._cache_folder)
@@ -131,6 +170,7 @@ class EngineModule(torch.nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineModule:
         copied = EngineModule(self.program, self.device, self._cache_dir)
+        copied._stripped = self._stripped
         memo[id(self)] = copied
         return copied
 
@@ -138,6 +178,11 @@ class EngineModule(torch.nn.Module):
         raise TrtBridgeError(
             "An EngineModule is not pickled: write it with tb.save(module, path), read it with tb.load(path)."
         )
+
+
+def runs_here(device: torch.device) -> bool:
+    """Whether a device is there."""
+    return device.type != "cuda" or torch.cuda.is_available()
 
 
 def pick_device(backend: str, device: torch.device | str | None) -> torch.device:

@@ -20,6 +20,7 @@ from .cache import write_atomically
 from .dtypes import from_torch, to_torch
 from .model import Signature, TensorSpec
 from .plan import PluginCall
+from .recipes import Recipes
 
 FORMAT = "trtbridge-program"
 FORMAT_VERSION = 1
@@ -48,7 +49,9 @@ class Program:
         constants: tensors that plugin calls read or that are results themselves, on the CPU.
         aliases: results that are other tensors: result → tensor.
         source: what was converted.
-        info: JSON-ready facts of the conversion: versions, options, seconds a stage.
+        info: JSON-ready facts of the conversion: versions, options, seconds a stage; ``refitted`` counts the times that
+            the weights were exchanged.
+        recipes: how weights and constants come from the module; None where they cannot be exchanged.
     """
 
     backend: str
@@ -58,6 +61,12 @@ class Program:
     aliases: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     info: Mapping[str, Any] = field(default_factory=dict)
+    recipes: Recipes | None = None
+
+    @property
+    def is_stripped(self) -> bool:
+        """Whether its engines lack their weights: it cannot run before it is refitted."""
+        return any(engine.info.get("stripped") for engine in self.engines)
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -104,6 +113,11 @@ class Program:
                 "shape": list(tensor.shape),
             }
             parts[f"constants/{index}"] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        recipes = None
+        if self.recipes is not None:
+            names = {f"recipes/{index}": part for index, part in enumerate(self.recipes.parts)}
+            parts |= names
+            recipes = {**self.recipes.to_json(), "parts": list(names)}
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -114,6 +128,7 @@ class Program:
             "constants": constants,
             "aliases": dict(self.aliases),
             "info": dict(self.info),
+            "recipes": recipes,
             "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
         }
         text = json.dumps(manifest, indent=1)
@@ -163,6 +178,7 @@ class Program:
             aliases=manifest["aliases"],
             source=manifest["source"],
             info=manifest["info"],
+            recipes=_read_recipes(manifest.get("recipes"), parts),
         )
 
 
@@ -179,6 +195,10 @@ def _read_step(data: Mapping[str, Any], parts: Mapping[str, bytes], backend: str
             tuple(TensorSpec.from_json(spec) for spec in data["outputs"]),
         ),
     )
+
+
+def _read_recipes(data: Mapping[str, Any] | None, parts: Mapping[str, bytes]) -> Recipes | None:
+    return None if data is None else Recipes.from_json(data, [parts[name] for name in data["parts"]])
 
 
 def _read_constant(entry: Mapping[str, Any], parts: Mapping[str, bytes]) -> torch.Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -79,6 +79,13 @@ class RunningProgram:
             for tensor in outputs:
                 tensor.record_stream(caller)
             return outputs
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Wait until the device has done all work of calls that have returned."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        yield
 
     @torch.no_grad()
     def run_all(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
