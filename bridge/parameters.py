@@ -87,7 +87,7 @@ def attribute_of(module: torch.nn.Module, name: str) -> torch.Tensor | None:
 
 def state_names(module: torch.nn.Module) -> tuple[str, ...]:
     """The names of a module's state dict."""
-    return tuple(name for name, value in module.state_dict().items() if isinstance(value, torch.Tensor))
+    return tuple(module.state_dict())
 
 
 def describe_parameters(module: torch.nn.Module, program: torch.export.ExportedProgram, prefix: str) -> Parameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -27,11 +28,12 @@ from ...errors import BackendError, BuildError, DynamicShapeError, PluginError, 
 from ..model import Origin, TensorSpec
 from . import trt_build
 from .base import BackendStatus, BuildOptions, Engine, Executable, Progress, Refusal, Segment
-from .empty import EmptySafe, can_be_empty, empty_parts
+from .empty import EmptySafe, can_be_empty, empty_parts, refit_empty
 from .flavour import FLAVOURS, Flavour, find_capabilities, tf32_environment
 from .plugin_library import library_environment, require_library
 from .plugin_nodes import describe_host, hosted_plugins, make_parseable, probe_segment
 from .rtx_faults import avoid_faults, original_name
+from .trt_refit import SKELETON_PART, make_skeleton, refit_plan
 from .trt_run import ENGINE_PART, TensorRtExecutable
 
 if TYPE_CHECKING:
@@ -102,7 +104,8 @@ class TensorRtBackend:
             if refusals:
                 raise UnsupportedOpError(describe_refusals(self.flavour.title, refusals), refusals)
             if outcome.error:
-                raise BuildError(_failure(self.flavour, segment, outcome), _suspected(segment, outcome))
+                suspected = _suspected(segment, outcome) if outcome.graph_at_fault else []
+                raise BuildError(_failure(self.flavour, segment, outcome), suspected, outcome.graph_at_fault)
             plan = _map_file(folder / ENGINE_PART)
         for message in outcome.messages:
             logger.info("%s: %s", segment.name, message)
@@ -114,8 +117,23 @@ class TensorRtBackend:
             "build_seconds": round(time.perf_counter() - started, 3),
             "plugins": hosted_plugins(segment),
         }
-        parts, info["empty"] = empty_parts(segment)
+        parts, info["empty"] = empty_parts(segment, options.strip_weights)
+        if _refittable(segment, options):
+            parts[SKELETON_PART] = make_skeleton(_parsed(self.flavour, segment), segment)
+            info["stripped"] = options.strip_weights
+        if options.weight_streaming_bytes is not None:
+            info["weight_streaming_bytes"] = options.weight_streaming_bytes
         return Engine(self.name, {ENGINE_PART: plan, **parts}, info, segment.inputs, segment.outputs)
+
+    def refit(self, engine: Engine, weights: Mapping[str, ir.TensorProtocol], device: torch.device) -> Engine:
+        if SKELETON_PART not in engine.parts:
+            return engine  # it holds no weight of the module
+        if not torch.cuda.is_available():
+            raise BackendError(_no_gpu(self.flavour))
+        parts, empty = refit_empty(engine, weights)
+        plan = refit_plan(self.flavour, engine, weights, device)
+        info = {**engine.info, "stripped": False, "empty": empty}
+        return dataclasses.replace(engine, parts={**engine.parts, **parts, ENGINE_PART: plan}, info=info)
 
     def load(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> Executable:
         if device.type != "cuda":
@@ -213,6 +231,9 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
             compute_capabilities=list(options.compute_capabilities),
             gpu_present=torch.cuda.is_available(),
             plugins=bool(hosted_plugins(segment)),
+            refittable=sorted(_refittable(segment, options)),
+            strip_weights=options.strip_weights,
+            stream_weights=options.weight_streaming_bytes is not None,
         )
         (folder / "job.json").write_text(json.dumps(vars(job)))
         yield folder
@@ -222,6 +243,12 @@ def _parsed(flavour: Flavour, segment: Segment) -> onnx.ModelProto:
     """The graph that the parser gets."""
     proto = make_parseable(segment.proto)
     return avoid_faults(proto) if flavour.name == "tensorrt_rtx" else proto
+
+
+def _refittable(segment: Segment, options: BuildOptions) -> set[str]:
+    """The weights of an engine that may be exchanged: parts of a segment, built to find a culprit, have some of them."""
+    own = {tensor.name for tensor in segment.proto.graph.initializer} if options.refittable else set()
+    return own & segment.refittable
 
 
 def _scratch_folder(size_bytes: int) -> str | None:

@@ -19,6 +19,7 @@ from .base import Engine
 from .flavour import Flavour, JitCache, tf32_environment
 from .plugin_nodes import require_ops
 from .trt_outputs import SizedByData
+from .trt_refit import stream_weights
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -57,6 +58,7 @@ class TensorRtExecutable:
                     f"{torch.cuda.get_device_name(index)}: it was built with {engine.info.get('version')} for "
                     f"{engine.info.get('target')}. Convert again on this machine."
                 )
+            stream_weights(loaded, engine.info)
             self._engine = loaded
             self._jit_file = JitCacheFile(cache_dir, plan, f"{flavour.name}-{trt.__version__}") if flavour.jit else None
             self._jit = JitCache(flavour, loaded, self._jit_file.read() if self._jit_file else None)
