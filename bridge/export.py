@@ -20,7 +20,7 @@ from .dtypes import from_torch
 from .graft import graft_calls, opaque_calls
 from .model import INLINE_LIMIT_BYTES, ORIGIN_KEY, OnnxModel, Origin, Signature, TensorSpec, make_stand_in
 from .origins import compact_origins, strip_prefix
-from .parameters import Parameters, describe_parameters
+from .parameters import Parameters, describe_parameters, mark, marked
 from .simplify import simplify
 from .structure import Structure
 from .trace import MODULE, left_as_found, quiet, shorten, to_eval_mode, trace_module
@@ -95,11 +95,6 @@ class ExportedModule:
                 plugins |= more
         return _finish(onnx_program, self, plugins), plugins
 
-    @property
-    def changing(self) -> tuple[str, ...]:
-        """All names of the module's tensors that may change."""
-        return () if self.parameters is None else (*self.parameters.types, *self.parameters.ties)
-
     def alike(self, calls: Mapping[str, str]) -> dict[str, str]:
         """Some calls and those like them: torch.onnx and the check of the export name few at a time."""
         return alike_calls(self.program, calls)
@@ -129,10 +124,14 @@ class ExportedModule:
                 verbose=False,
             )
             assert onnx_program is not None
-            simplify(onnx_program.model, [f"{MODULE}.{name}" for name in self.changing])
+            if self.parameters is not None:
+                mark(onnx_program.model, self.parameters, self.program.state_dict, f"{MODULE}.")
+            simplify(onnx_program.model)
             return onnx_program, {}
         except PluginError as error:
             raise ExportError(f"{self.name}: {error}") from error
+        except ExportError:
+            raise
         except Exception as error:
             more = self._possible(self.alike(blamed_calls(error, grafted, self.opset)), plugins)
             if not more:
@@ -205,11 +204,7 @@ def _finish(onnx_program: torch.onnx.ONNXProgram, traced: ExportedModule, plugin
     symbols = _rename_symbols(model.graph, program, exported, arguments)
     data_dims = _data_dims(exported, symbols)
     _share_tied_weights(model.graph)
-    changing = [
-        (value, own)
-        for name, value in model.graph.initializers.items()
-        if (own := strip_prefix(name, MODULE)) in traced.changing
-    ]
+    changing = [(value, own) for value in model.graph.initializers.values() if (own := marked(value))]
     weights = _name_values(model.graph, arguments)
     parameters = {value.name or "": own for value, own in changing}
     # Stand-ins go in before the proto is made, so that no weight is ever serialized.

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
+from ..errors import ExportError
 from .dtypes import from_torch
+
+_MARK = "trtbridge.parameter"
 
 
 @dataclass(frozen=True)
@@ -134,15 +137,50 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + data.tobytes()).hexdigest()
 
 
+def mark(model: ir.Model, parameters: Parameters, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
+    """Note at each initializer that may change which tensor of the module it is; `marked` tells.
+
+    Args:
+        model: as the exporter made it.
+        parameters: what may change.
+        tensors: the exported program's own, by name with the prefix.
+        prefix: of names in the program, with the dot.
+
+    Raises:
+        ExportError: a tensor that may change is not there, so that it would be built in.
+    """
+    own = {name: parameters.ties.get(name, name) for name in (*parameters.types, *parameters.ties)}
+    places = {_place(t): own[n] for name, t in tensors.items() if (n := name.removeprefix(prefix)) in own}
+    for name, value in model.graph.initializers.items():
+        # The exporter renames what is a result as well, but it keeps the memory.
+        raw = getattr(value.const_value, "raw", None)
+        found = places.get(_place(raw)) if isinstance(raw, torch.Tensor) else None
+        found = found or own.get(name.removeprefix(prefix))
+        if found is not None:
+            value.meta[_MARK] = found
+    lost = parameters.types.keys() - {marked(value) for value in model.graph.initializers.values()}
+    if lost:
+        raise ExportError(
+            f"torch.onnx made other tensors of {', '.join(sorted(lost))}, so that new weights could not be put in their "
+            "place: convert without refittable=True."
+        )
+
+
+def marked(value: ir.Value) -> str:
+    """The tensor of the module that an initializer is; "" for one that may not change."""
+    return str(value.meta.get(_MARK, ""))
+
+
 @contextlib.contextmanager
-def hidden(model: ir.Model, names: Collection[str]) -> Iterator[None]:
-    """Make inputs of some initializers for a while, so that no rewrite can look at their values."""
+def hidden(model: ir.Model) -> Iterator[None]:
+    """Make inputs of marked initializers for a while, so that no rewrite can look at their values."""
     graph = model.graph
-    values = [graph.initializers.pop(name) for name in names if name in graph.initializers]
+    values = [value for value in graph.initializers.values() if marked(value)]
     kept = [value.const_value for value in values]
     for value in values:
         weight = value.const_value
         assert weight is not None
+        del graph.initializers[value.name or ""]
         value.shape, value.dtype, value.const_value = ir.Shape(weight.shape), weight.dtype, None
     graph.inputs.extend(values)
     try:

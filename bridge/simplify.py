@@ -6,8 +6,6 @@ them (float32 ones even for a bfloat16 model, which makes the graph invalid). En
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import onnxscript.optimizer
@@ -21,15 +19,13 @@ from .parameters import hidden
 _ROUNDS = 2  # as many as the exporter makes; the second one finds what the first one opened up
 
 
-def simplify(model: ir.Model, parameters: Collection[str] = ()) -> None:
+def simplify(model: ir.Model) -> None:
     """Inline functions, fold constants and shape arithmetic, and apply onnxscript's exact rewrites, in place.
 
-    Args:
-        model: as the exporter made it.
-        parameters: initializers whose values are not to be looked at.
+    None of that looks at the values of initializers that may change (`parameters.mark`).
     """
     onnxscript.optimizer.inline(model)
-    with hidden(model, parameters):
+    with hidden(model):
         _simplify(model)
 
 

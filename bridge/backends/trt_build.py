@@ -191,7 +191,7 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
                 config.clear_flag(flag)
             if builder.build_serialized_network(network, config) is not None:
                 outcome.graph_at_fault = False
-                where = "" if job.gpu_present else " on a machine without a GPU"
+                where = "" if job.gpu_present else " on a machine without a GPU: build it on one that has the GPU"
                 outcome.error = f"it builds this engine, but not a refittable one{where}"
         return
     with (folder / "engine.plan").open("wb") as file:
