@@ -22,6 +22,7 @@ from .errors import (
     OptionError,
     PassError,
     PluginError,
+    RefitError,
     TrtBridgeError,
     UnsupportedOpError,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "Pipeline",
     "PluginError",
     "PrecisionReport",
+    "RefitError",
     "Tolerance",
     "TrtBridgeError",
     "UnsupportedOpError",
