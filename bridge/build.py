@@ -30,7 +30,8 @@ def build_plan(plan: Plan, backend: Backend, options: BuildOptions, progress: Pr
         except (UnsupportedOpError, BuildError) as error:
             error.segment = step.name
             raise
-    constants = {name: snapshot(tensor) for name, tensor in plan.constants.items()}
+    left_out = plan.recipes.constants if plan.recipes is not None and options.strip_weights else ()
+    constants = {name: snapshot(tensor) for name, tensor in plan.constants.items() if name not in left_out}
     return Program(
         backend.name, tuple(steps), plan.signature, constants, plan.aliases, plan.source, recipes=plan.recipes
     )

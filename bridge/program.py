@@ -65,8 +65,10 @@ class Program:
 
     @property
     def is_stripped(self) -> bool:
-        """Whether its engines lack their weights: it cannot run before it is refitted."""
-        return any(engine.info.get("stripped") for engine in self.engines)
+        """Whether it lacks its weights: it cannot run before it is refitted."""
+        between = self.recipes.constants if self.recipes is not None else ()
+        lost = any(name not in self.constants for name in between)
+        return lost or any(engine.info.get("stripped") for engine in self.engines)
 
     @property
     def engines(self) -> tuple[Engine, ...]:
