@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -94,6 +94,10 @@ def checked(parameters: Parameters, weights: Weights) -> dict[str, ir.TensorProt
     else:
         raise RefitError(f"New weights are a torch module or its state dict, not {type(weights).__name__}.")
     names = {*parameters.types, *parameters.ties}
+    for group in _groups(parameters.ties):  # a file may hold a tied tensor once, under any of its names
+        present = next((name for name in group if name in given), None)
+        if present is not None:
+            given |= {name: given[present] for name in group if name not in given}
     problems = [
         *_listed("missing", sorted(names - given.keys())),
         *_listed("unknown", sorted(known - {*parameters.names, *names, *parameters.fixed})),
@@ -108,6 +112,14 @@ def checked(parameters: Parameters, weights: Weights) -> dict[str, ir.TensorProt
     if problems:
         raise RefitError("The new weights do not fit the program, which keeps its own:\n" + "\n".join(problems))
     return {name: TorchTensor(given[name].detach(), name) for name in parameters.types}
+
+
+def _groups(ties: Mapping[str, str]) -> Iterable[list[str]]:
+    """Names of one tensor."""
+    found: dict[str, list[str]] = {}
+    for name, first in ties.items():
+        found.setdefault(first, [first]).append(name)
+    return found.values()
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:
