@@ -37,21 +37,20 @@ def refit(
     debug: DebugOption = False,
 ) -> None:
     """Write a copy of a converted model with other weights, without a rebuild."""
-    with reporting(verbose, debug) as console:
+    with reporting(verbose, debug):
         check_writable(output, force)
         from .module import pick_device
         from .program import Program
         from .refit import refit_program, require_recipes
 
         program = Program.load(file)
-        require_recipes(program)
+        recipes = require_recipes(program)
         state = read_state(weights)
         started = time.perf_counter()
         new = refit_program(program, state, pick_device(program.backend, device))
         seconds = time.perf_counter() - started
         new.save(output)
-        size = size_text(output.stat().st_size)
-        console.print(f"{output}: {len(new.recipes.weights) if new.recipes else 0} weights in {seconds:.2f} s, {size}")
+    print(f"{output}: {len(recipes.weights)} weights in {seconds:.2f} s, {size_text(output.stat().st_size)}")
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -79,8 +78,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelFileError(
-            f"{path} cannot be read as a state dict: {first} Save one with torch.save(module.state_dict(), path); a whole "
-            "module is not read, since that would run code."
+            f"{path} cannot be read as a state dict: {first} Save one with torch.save(module.state_dict(), path); a "
+            "whole module is not read, since that would run code."
         ) from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ModelFileError(f"{path} holds no state dict of tensors, but a {type(found).__name__}.")

@@ -161,8 +161,8 @@ def mark(model: ir.Model, parameters: Parameters, tensors: Mapping[str, torch.Te
     lost = parameters.types.keys() - {marked(value) for value in model.graph.initializers.values()}
     if lost:
         raise ExportError(
-            f"torch.onnx made other tensors of {', '.join(sorted(lost))}, so that new weights could not be put in their "
-            "place: convert without refittable=True."
+            f"torch.onnx made other tensors of {', '.join(sorted(lost))}, so that new weights could not be put in "
+            "their place: convert without refittable=True."
         )
 
 

@@ -246,7 +246,7 @@ def _parsed(flavour: Flavour, segment: Segment) -> onnx.ModelProto:
 
 
 def _refittable(segment: Segment, options: BuildOptions) -> set[str]:
-    """The weights of an engine that may be exchanged; a part of a segment, built to find a culprit, has some of them."""
+    """The weights of an engine that may be exchanged; a part of a segment, built to find a culprit, has some."""
     own = {tensor.name for tensor in segment.proto.graph.initializer} if options.refittable else set()
     return own & segment.refittable
 

@@ -154,6 +154,6 @@ def stream_weights(engine: trt.ICudaEngine, info: Mapping[str, Any]) -> None:
     engine.weight_streaming_budget_v2 = wanted = min(int(budget), most)
     if engine.weight_streaming_budget_v2 != wanted:
         raise BackendError(
-            f"The engine does not take weight_streaming_bytes={budget}: of its weights {most} bytes can be streamed, and "
-            f"it keeps a budget of {engine.weight_streaming_budget_v2}."
+            f"The engine does not take weight_streaming_bytes={budget}: {most} bytes of its weights can be streamed, "
+            f"and it keeps a budget of {engine.weight_streaming_budget_v2}."
         )
