@@ -118,7 +118,7 @@ class EngineModule(torch.nn.Module):
             with self._load_lock:
                 old, self.program, self._running = self._running, program, fresh
             if old is not None:
-                with old.exclusive():  # calls that have begun are over when this returns
+                with old.exclusive():  # what it holds for calls with the old weights is let go
                     pass
 
     def inspect(self) -> str:

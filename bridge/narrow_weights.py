@@ -8,7 +8,8 @@ from collections import Counter
 import onnx
 import onnx_ir as ir
 
-from ..passes.exchange import cast_lazily, stand_in_name
+from ..passes.exchange import stand_in_name
+from ..passes.parameters import cast_lazily
 from .model import OnnxModel, iterate_nodes, make_stand_in
 
 _FLOATS = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}

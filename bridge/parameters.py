@@ -181,7 +181,7 @@ def hidden(model: ir.Model) -> Iterator[None]:
         weight = value.const_value
         assert weight is not None
         del graph.initializers[value.name or ""]
-        value.shape, value.dtype, value.const_value = ir.Shape(weight.shape), weight.dtype, None
+        value.shape, value.dtype, value.const_value = ir.Shape(weight.shape.numpy()), weight.dtype, None
     graph.inputs.extend(values)
     try:
         yield

@@ -117,9 +117,9 @@ class Program:
             parts[f"constants/{index}"] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         recipes = None
         if self.recipes is not None:
-            names = {f"recipes/{index}": part for index, part in enumerate(self.recipes.parts)}
-            parts |= names
-            recipes = {**self.recipes.to_json(), "parts": list(names)}
+            own = {f"recipes/{index}": part for index, part in enumerate(self.recipes.parts)}
+            parts |= own
+            recipes = {**self.recipes.to_json(), "parts": list(own)}
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,

@@ -295,7 +295,9 @@ class _Cut:
         tensor = self._constants[name]
         if stand_in_name(tensor) is None:
             return tensor
-        return ir.to_proto(ir.Tensor(self._model.weights[name].numpy(), dtype=ir.DataType(tensor.data_type), name=name))
+        values = self._model.weights[name].numpy()
+        filled: onnx.TensorProto = ir.to_proto(ir.Tensor(values, dtype=ir.DataType(tensor.data_type), name=name))
+        return filled
 
 
 def _lazy(function: Any, name: str, recipe: Recipe) -> ir.TensorProtocol:

@@ -132,8 +132,8 @@ def report(rows: list[Row], backend: str, repeats: int) -> str:
     if backend == "onnxruntime":
         lines += [
             "",
-            "ONNX Runtime has no engine to build: its *rebuild* copies the weights and makes two sessions, one of which "
-            "only asks whether the graph is taken, and a *refit* makes the other. What a refit saves there is the "
+            "ONNX Runtime has no engine to build: its *rebuild* copies the weights and makes two sessions, one of them "
+            "only to ask whether the graph is taken, and a *refit* makes the other. What a refit saves there is the "
             "conversion. TensorRT's builders take far longer than a session does; that is not measured here, for want "
             "of a GPU.",
         ]
