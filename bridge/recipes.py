@@ -193,7 +193,7 @@ class _Cut:
     def __init__(self, model: OnnxModel, own: Mapping[str, str]) -> None:
         graph = model.proto.graph
         self._model, self._own = model, own
-        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._constants: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self.types: dict[str, TensorType] = {}
         self._behind: dict[str, frozenset[str]] = {}  # the parameters behind a tensor
         for name in own:
