@@ -58,7 +58,7 @@ class Recipes:
     Attributes:
         parameters: what new weights must look like.
         weights: how each is made, by the name that it has in engines and among constants.
-        parts: serialized ONNX models that make those that are no parameter as it is; the inputs of each are
+        parts: serialized ONNX models that make those that are no parameter as it is.
         inputs: for each part the name in the module of each of its inputs; the inputs are named as the initializers of
             the graph that it was cut out of.
         constants: those of the weights that are read between engines, not in them.
