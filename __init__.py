@@ -23,6 +23,7 @@ from .errors import (
     OutOfRangeError,
     PassError,
     PluginError,
+    RefitError,
     TrtBridgeError,
     UnsupportedOpError,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "PluginError",
     "PrecisionReport",
     "ProfileReport",
+    "RefitError",
     "RuntimeOptions",
     "Stats",
     "SubmodulesReport",

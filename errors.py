@@ -46,6 +46,10 @@ class BackendError(TrtBridgeError):
     """A backend is not installed, or cannot do on this machine what was asked of it."""
 
 
+class RefitError(TrtBridgeError, ValueError):
+    """New weights do not fit a program, or it cannot take any. It keeps the old ones, all of them."""
+
+
 class _NodesError(TrtBridgeError):
     def __init__(self, message: str, refusals: Sequence[Any] = (), graph_at_fault: bool = True) -> None:
         super().__init__(message)

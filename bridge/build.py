@@ -64,8 +64,11 @@ def build_plan(
     at_once = _at_once(segments) if backend.builds_apart(options, parse_only=False) else 1
     engines = iter(_for_each(build, len(segments), at_once, shares.stop))
     steps: list[Step] = [EngineStep(s.name, next(engines)) if isinstance(s, Segment) else s for s in plan.steps]
-    constants = {name: _snapshot(tensor) for name, tensor in plan.constants.items()}
-    return Program(backend.name, tuple(steps), plan.signature, constants, plan.aliases, plan.source)
+    left_out = plan.recipes.constants if plan.recipes is not None and options.strip_weights else ()
+    constants = {name: snapshot(tensor) for name, tensor in plan.constants.items() if name not in left_out}
+    return Program(
+        backend.name, tuple(steps), plan.signature, constants, plan.aliases, plan.source, recipes=plan.recipes
+    )
 
 
 def check_plan(plan: Plan, backend: Backend, options: BuildOptions) -> dict[str, list[Refusal]]:
@@ -159,7 +162,7 @@ class _Shares:
         self._stopped = True
 
 
-def _snapshot(tensor: ir.TensorProtocol) -> torch.Tensor:
+def snapshot(tensor: ir.TensorProtocol) -> torch.Tensor:
     """A copy, so that later changes of the module's weights do not reach the program."""
     raw = getattr(tensor, "raw", None)
     if isinstance(raw, torch.Tensor):

@@ -1,4 +1,4 @@
-"""The ``trtbridge`` command: convert, explain, run, inspect, profile, compare, localize, passes,
+"""The ``trtbridge`` command: convert, explain, run, refit, inspect, profile, compare, localize, passes,
 plugins, cache, doctor.
 
 torch takes seconds to import, so nothing here does before a command needs it: ``-h`` answers at once.
@@ -43,8 +43,11 @@ from .cli_options import (
     NoFallbackOption,
     OpsetOption,
     PrecisionOption,
+    RefittableOption,
     SizeOption,
     SourceArgument,
+    StreamingOption,
+    StripOption,
     Tf32Option,
     TimeoutOption,
     ToleranceOption,
@@ -58,11 +61,13 @@ from .cli_options import (
     plugin_options,
     precision_options,
     verify_options,
+    weight_options,
 )
 from .cli_passes import passes as passes_command
 from .cli_plugins import app as plugins_app
 from .cli_profile import inspect as inspect_command
 from .cli_profile import profile as profile_command
+from .cli_refit import refit as refit_command
 from .cli_source import import_code, search_here
 from .text import size_text
 
@@ -90,6 +95,13 @@ app.command(
 app.command("passes", epilog="Examples:\n\n[bold]trtbridge passes[/bold]\n\n[bold]trtbridge passes RemoveNoOps[/bold]")(
     passes_command
 )
+
+app.command(
+    "refit",
+    epilog="Examples:\n\n"
+    "[bold]trtbridge refit net.trtb merged.safetensors -o new.trtb[/bold]\n\n"
+    "[bold]trtbridge refit small.trtb state.pt -o whole.trtb[/bold]",
+)(refit_command)
 
 
 app.command(
@@ -145,6 +157,9 @@ def convert(
     cache: CacheFlag = False,
     device: DeviceOption = None,
     timeout_s: TimeoutOption = None,
+    refittable: RefittableOption = False,
+    strip_weights: StripOption = False,
+    weight_streaming_mb: StreamingOption = None,
     plugin_host: HostOption = None,
     no_fallback: NoFallbackOption = False,
     max_data_size: DataSizeOption = None,
@@ -171,6 +186,7 @@ def convert(
         options |= pass_options(check_passes, dump_graphs, attention)
         options |= verify_options(verify)
         options |= {"cache": True} if cache else {}
+        options |= weight_options(refittable, strip_weights, weight_streaming_mb)
         with Stages(console) as stages:
             with stages.stage("load"):
                 from .convert import convert as convert_model

@@ -136,6 +136,21 @@ DeviceOption = Annotated[
 TimeoutOption = Annotated[
     float | None, typer.Option("--timeout-s", metavar="S", help="Most seconds that building one engine may take.")
 ]
+RefittableOption = Annotated[
+    bool, typer.Option("--refittable", help="Build so that trtbridge refit can exchange the weights later.")
+]
+StripOption = Annotated[
+    bool, typer.Option("--strip-weights", help="Leave the weights out: a small file, for trtbridge refit to fill.")
+]
+StreamingOption = Annotated[
+    int | None,
+    typer.Option(
+        "--weight-streaming-mb",
+        min=0,
+        metavar="N",
+        help="TensorRT: most device memory for the weights of one engine, in MiB; the rest is streamed from the host.",
+    ),
+]
 HostOption = Annotated[
     str | None,
     typer.Option(
@@ -270,6 +285,16 @@ def given_options(
 def plugin_options(host: str | None, no_fallback: bool, max_data_size: int | None) -> dict[str, Any]:
     """Those options about plugins that are given."""
     options = {"plugin_host": host, "fallback": False if no_fallback else None, "max_data_size": max_data_size}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def weight_options(refittable: bool, strip_weights: bool, weight_streaming_mb: int | None) -> dict[str, Any]:
+    """Those options about weights that are given."""
+    options = {
+        "refittable": refittable or None,
+        "strip_weights": strip_weights or None,
+        "weight_streaming_bytes": None if weight_streaming_mb is None else weight_streaming_mb << 20,
+    }
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -18,12 +18,13 @@ from .cache import resolve_cache_dir
 from .conversion_cache import ConversionCache
 from .export import DEFAULT_OPSET, ExportedModule, trace
 from .model import OnnxModel
-from .module import EngineModule, pick_device
+from .module import EngineModule, pick_device, runs_here
 from .onnx_file import read_onnx
 from .options import Options
 from .out_of_range import Original, check_choice
 from .planner import Planner
 from .program import Program
+from .refit import Weights
 from .runtime_options import RuntimeOptions
 from .stages import Stages
 
@@ -98,7 +99,12 @@ def convert(
         info["cache"] = cache.end(planner)
     if planner.precision is not None:
         info["precision"] = planner.precision.to_json()
-    module = EngineModule(dataclasses.replace(program, info=info), device, chosen.cache_dir, chosen.runtime, eager)
+    program = dataclasses.replace(program, info=info)
+    # Without a GPU there is nothing to put the weights into yet.
+    weights = model if isinstance(model, torch.nn.Module) and runs_here(device) else None
+    module = EngineModule(
+        program, device, chosen.cache_dir, chosen.runtime, eager, weights if program.is_stripped else None
+    )
     if chosen.verify is not False:
         from .compare_verify import verify
 
@@ -128,9 +134,18 @@ def make_planner(
                 raise OptionError("For an .onnx file dynamic_shapes is a dict by input name.")
             if options.opset is not None:
                 raise OptionError(f"opset={options.opset}: an .onnx file has its own opset; leave the option out.")
+            if options.can_be_refitted:
+                raise OptionError("Refitting is for torch modules: an .onnx file does not say what its weights are.")
             source: ExportedModule | OnnxModel = read_onnx(model, dynamic_shapes)
         else:
-            source = trace(model, args, kwargs, dynamic_shapes=dynamic_shapes, opset=options.opset or DEFAULT_OPSET)
+            source = trace(
+                model,
+                args,
+                kwargs,
+                dynamic_shapes=dynamic_shapes,
+                opset=options.opset or DEFAULT_OPSET,
+                refittable=options.can_be_refitted,
+            )
     return Planner(source, backend, options, stages, attention=make_attention(options, backend, may_measure))
 
 
@@ -170,6 +185,7 @@ def load(
     *,
     out_of_range: str | None = None,
     eager: torch.nn.Module | None = None,
+    weights: Weights | None = None,
     **options: Any,
 ) -> EngineModule:
     """Read a module that `save` wrote.
@@ -182,15 +198,18 @@ def load(
             "eager" where ``eager`` is given. A file holds no original, so that what was converted with "eager" is
             loaded with "error" unless it is given again.
         eager: the original, or a module that does the same, to run on such sizes; see `Options.out_of_range`.
+        weights: a module or a state dict whose weights the engines take: needed for a file without weights, else as
+            `EngineModule.refit` does.
         options: how calls run; see `RuntimeOptions`.
 
     Raises:
         OptionError: an option is unknown or has an impossible value, ``out_of_range`` and ``eager`` do not go together,
             or ``eager`` is no module on that device.
+        RefitError: the weights do not fit, or the file takes none.
         ModelFileError: no such file, damaged, or no such program.
         BackendError: the engines cannot run here.
         PluginError: a plugin op is not registered in this process.
     """
     runtime = RuntimeOptions.make(options)
     check_choice(out_of_range, eager)
-    return EngineModule(Program.load(path), device, cache_dir, runtime, eager)
+    return EngineModule(Program.load(path), device, cache_dir, runtime, eager, weights)

@@ -96,6 +96,7 @@ def key_facts(
         "options": build_facts(options),
         "inputs": [spec.to_json() for spec in segment.inputs],
         "outputs": [spec.to_json() for spec in segment.outputs],
+        "refittable": sorted(segment.refittable),
         "graph": hashlib.sha256(canonical(segment.proto)).hexdigest(),
         "parsed": "" if parsed is segment.proto else hashlib.sha256(canonical(parsed)).hexdigest(),
         "weights": (digests or TensorDigests()).of(segment.weights),

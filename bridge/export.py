@@ -13,12 +13,14 @@ import torch
 
 from ..errors import ExportError, PluginError
 from ..nodes import DOMAIN, REASON_KEY
+from ..passes.parameters import set_parameter_names
 from .arguments import Arguments, collect
 from .dims import Range, Size
 from .dtypes import from_torch
 from .graft import graft_calls, opaque_calls
 from .model import INLINE_LIMIT_BYTES, ORIGIN_KEY, OnnxModel, Origin, Signature, TensorSpec, make_stand_in
 from .origins import compact_origins, strip_prefix
+from .parameters import Parameters, describe_parameters, mark, marked
 from .simplify import simplify
 from .structure import Structure
 from .trace import MODULE, left_as_found, quiet, shorten, to_eval_mode, trace_module
@@ -51,6 +53,7 @@ class ExportedModule:
         complex_outputs: which results are complex.
         name: class of the module.
         opset: ONNX opset of the default domain.
+        parameters: what may change in what is made of it; None where nothing may.
     """
 
     program: torch.export.ExportedProgram
@@ -59,6 +62,7 @@ class ExportedModule:
     complex_outputs: tuple[int, ...]
     name: str
     opset: int
+    parameters: Parameters | None = None
     _seen_translatable: list[bool] = field(default_factory=list, repr=False, compare=False)
 
     def plugin_problem(self, call: str) -> str:
@@ -120,10 +124,14 @@ class ExportedModule:
                 verbose=False,
             )
             assert onnx_program is not None
+            if self.parameters is not None:
+                mark(onnx_program.model, self.parameters, self.program.state_dict, f"{MODULE}.")
             simplify(onnx_program.model)
             return onnx_program, {}
         except PluginError as error:
             raise ExportError(f"{self.name}: {error}") from error
+        except ExportError:
+            raise
         except Exception as error:
             more = self._possible(self.alike(blamed_calls(error, grafted, self.opset)), plugins)
             if not more:
@@ -156,6 +164,7 @@ def trace(
     *,
     dynamic_shapes: Any = None,
     opset: int = DEFAULT_OPSET,
+    refittable: bool = False,
 ) -> ExportedModule:
     """Trace a module in eval mode, without changing it and without copying its weights.
 
@@ -166,6 +175,7 @@ def trace(
         kwargs: example keyword arguments.
         dynamic_shapes: by argument, as for torch.export, with `Dim`s.
         opset: ONNX opset of the default domain.
+        refittable: let nothing that is made of it hang on the values of the module's weights.
 
     Raises:
         InputError: the arguments do not fit the module.
@@ -181,7 +191,8 @@ def trace(
         to_eval_mode(model)
         program, structure, complex_outputs = trace_module(model, arguments)
     mark_calls(program)
-    return ExportedModule(program, arguments, structure, complex_outputs, type(model).__name__, opset)
+    parameters = describe_parameters(model, program, f"{MODULE}.") if refittable else None
+    return ExportedModule(program, arguments, structure, complex_outputs, type(model).__name__, opset, parameters)
 
 
 def _finish(onnx_program: torch.onnx.ONNXProgram, traced: ExportedModule, plugins: Mapping[str, str]) -> OnnxModel:
@@ -193,9 +204,11 @@ def _finish(onnx_program: torch.onnx.ONNXProgram, traced: ExportedModule, plugin
     symbols = _rename_symbols(model.graph, program, exported, arguments)
     data_dims = _data_dims(exported, symbols)
     _share_tied_weights(model.graph)
+    changing = [(value, own) for value in model.graph.initializers.values() if (own := marked(value))]
     weights = _name_values(model.graph, arguments)
+    parameters = {value.name or "": own for value, own in changing}
     # Stand-ins go in before the proto is made, so that no weight is ever serialized.
-    kept = {name: weight for name, weight in weights.items() if weight.nbytes > INLINE_LIMIT_BYTES}
+    kept = {n: weight for n, weight in weights.items() if weight.nbytes > INLINE_LIMIT_BYTES or n in parameters}
     for name, weight in kept.items():
         stand_in = ir.ExternalTensor("", None, None, weight.dtype, shape=weight.shape, name=name)  # type: ignore[arg-type]
         model.graph.initializers[name].const_value = stand_in
@@ -218,7 +231,8 @@ def _finish(onnx_program: torch.onnx.ONNXProgram, traced: ExportedModule, plugin
         complex_outputs=traced.complex_outputs,
         profiles=arguments.profiles,
     )
-    return OnnxModel(proto, kept, signature, traced.name, data_dims)
+    set_parameter_names(proto, parameters)
+    return OnnxModel(proto, kept, signature, traced.name, data_dims, traced.parameters)
 
 
 def _note_reasons(nodes: Iterable[ir.Node], plugins: Mapping[str, str]) -> None:

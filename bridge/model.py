@@ -16,6 +16,7 @@ import onnx_ir as ir
 from ..errors import ModelFileError
 from ..plugins.sizes import names_in
 from .dims import Range, Shape, evaluate_range
+from .parameters import Parameters
 from .profiles import describe_profiles
 from .structure import Structure, leaf_labels
 
@@ -227,6 +228,8 @@ class OnnxModel:
         signature: names, dtypes, symbolic shapes, ranges and structures of inputs and outputs.
         source: what it was made from, for messages ("ResNet", "model.onnx").
         data_dims: (min, opt, max) of each named size that depends on data, where it is known.
+        parameters: for a program that can be refitted, the module's tensors that it reads: initializers of these names
+            are marked in the proto (`passes.parameters`), and no pass reads them.
     """
 
     proto: onnx.ModelProto
@@ -234,6 +237,7 @@ class OnnxModel:
     signature: Signature
     source: str = ""
     data_dims: Mapping[str, Range] = field(default_factory=dict)
+    parameters: Parameters | None = None
 
     @cached_property
     def provenance(self) -> Mapping[str, Origin]:

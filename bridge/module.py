@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from ..errors import BackendError, InputError, OptionError, OutOfRangeError, TrtBridgeError
+from ..errors import BackendError, InputError, OptionError, OutOfRangeError, RefitError, TrtBridgeError
 from ..plugins.sizes import names_in
 from .backends import get_backend
 from .cache import resolve_cache_dir
@@ -22,6 +22,7 @@ from .model import Signature, TensorSpec
 from .out_of_range import Original
 from .profiles import fits
 from .program import Program
+from .refit import Weights, refit_program
 from .runtime import RunningProgram
 from .runtime_options import RuntimeOptions
 from .stats import Stats, gather_stats
@@ -47,10 +48,12 @@ class EngineModule(torch.nn.Module):
         options: how calls run.
         eager: the original, which runs in place of the engines where the sizes of a call lie outside every profile;
             None raises `OutOfRangeError` there. It is neither copied, nor a submodule, nor saved.
+        weights: a module or a state dict whose weights the engines take first.
 
     Raises:
         BackendError: the engines cannot run on that device.
         OptionError: ``eager`` is no module, or on another device.
+        RefitError: the weights do not fit.
     """
 
     def __init__(
@@ -60,11 +63,13 @@ class EngineModule(torch.nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         options: RuntimeOptions | None = None,
         eager: torch.nn.Module | None = None,
+        weights: Weights | None = None,
     ) -> None:
         super().__init__()
-        self.program = program
         self.options = options or RuntimeOptions()
         self.device = pick_device(program.backend, device)
+        self._stripped = program if program.is_stripped else None
+        self.program = program if weights is None else refit_program(program, weights, self.device)
         self._cache_dir = cache_dir
         self._cache_folder: Path | None = resolve_cache_dir(cache_dir)
         self._checker = InputChecker(program.signature, self.device)
@@ -73,7 +78,8 @@ class EngineModule(torch.nn.Module):
         self._original = None if eager is None else Original(eager, self.device)
         self.training = False
         self._handle = register(self, program.info.get(HANDLE))
-        if self.device.type != "cuda" or torch.cuda.is_available():
+        self._refit_lock = threading.Lock()
+        if runs_here(self.device) and not self.program.is_stripped:
             self._load()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +96,7 @@ class EngineModule(torch.nn.Module):
             InputError: an argument does not fit; the message names each that does not and what was expected.
             OutOfRangeError: an `InputError` about nothing but sizes, where there is no original to run instead.
             BackendError: there is no device here to run on.
+            RefitError: the engines were saved without weights and have got none.
             ExecutionError: the backend or a plugin op failed.
         """
         if torch.compiler.is_compiling():
@@ -121,8 +128,17 @@ class EngineModule(torch.nn.Module):
             InputError, BackendError, ExecutionError: as for a call.
         """
         running = self._running or self._load()
-        call = running.bind(self._checker(args, kwargs))
-        return lambda: self._structured(call())
+        tensors = self._checker(args, kwargs)
+        bound = (running, running.bind(tensors))
+
+        def call() -> Any:
+            nonlocal bound
+            now = self._running or self._load()
+            if now is not bound[0]:  # it was refitted
+                bound = (now, now.bind(tensors))
+            return self._structured(bound[1]())
+
+        return call
 
     def _structured(self, results: list[torch.Tensor]) -> Any:
         """Flat results in the original's structure."""
@@ -132,9 +148,38 @@ class EngineModule(torch.nn.Module):
         return signature.output_structure.unflatten(results)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the program to one file; see `Program.save`."""
-        info = {**self.program.info, HANDLE: self._handle}  # exported programs that call this module find it by that
-        dataclasses.replace(self.program, info=info).save(path)
+        """Write the program to one file, without weights if it was converted so; see `Program.save`."""
+        program = self._stripped or self.program
+        info = {**program.info, HANDLE: self._handle}  # exported programs that call this module find it by that
+        dataclasses.replace(program, info=info).save(path)
+
+    def refit(self, weights: Weights) -> None:
+        """Take other weights, without a rebuild: all engines, or none where they do not fit.
+
+        Calls that are running end with the old weights, later ones have the new ones. While it works there are two
+        copies of the weights on the device. Calls of `bind` follow; CUDA graphs that a caller captured do not, nor does
+        an original that runs on sizes out of range.
+
+        Args:
+            weights: a module like the one that was converted, or its state dict; whole, with the same names, types and
+                shapes, on any device.
+
+        Raises:
+            RefitError: it was converted without ``refittable=True``, or the weights do not fit; each that does not is
+                named.
+            BackendError: there is no device here to work on.
+        """
+        with self._refit_lock:
+            program = refit_program(self.program, weights, self.device)
+            if not runs_here(self.device):
+                self.program = program
+                return
+            fresh = RunningProgram(program, self.device, self._cache_folder, options=self.options)
+            with self._load_lock:
+                old, self.program, self._running = self._running, program, fresh
+            if old is not None:
+                with old.exclusive():  # what it holds for calls with the old weights is let go
+                    pass
 
     def inspect(self, fusions: bool = True) -> InspectReport:
         """What it runs: steps, precisions, fusions, weights, memory, plugins with their Python lines; prints as text.
@@ -196,6 +241,11 @@ class EngineModule(torch.nn.Module):
         return ", ".join(parts)
 
     def _load(self) -> RunningProgram:
+        if self.program.is_stripped:
+            raise RefitError(
+                f"{self.program.source} was saved without weights. Give it some: tb.load(path, weights=...) with the "
+                "module or its state dict, or module.refit(...)."
+            )
         with self._load_lock:
             if self._running is None:
                 self._running = RunningProgram(self.program, self.device, self._cache_folder, options=self.options)
@@ -222,6 +272,7 @@ class EngineModule(torch.nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineModule:
         eager = None if self._original is None else self._original.module
         copied = EngineModule(self.program, self.device, self._cache_dir, self.options, eager)
+        copied._stripped = self._stripped
         memo[id(self)] = copied
         return copied
 
@@ -229,6 +280,11 @@ class EngineModule(torch.nn.Module):
         raise TrtBridgeError(
             "An EngineModule is not pickled: write it with tb.save(module, path), read it with tb.load(path)."
         )
+
+
+def runs_here(device: torch.device) -> bool:
+    """Whether a device is there."""
+    return device.type != "cuda" or torch.cuda.is_available()
 
 
 def pick_device(backend: str, device: torch.device | str | None) -> torch.device:

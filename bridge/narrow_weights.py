@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from functools import partial
 
 import onnx
 import onnx_ir as ir
 
 from ..passes.exchange import stand_in_name
+from ..passes.parameters import cast_lazily
 from .model import OnnxModel, iterate_nodes, make_stand_in
 
 _FLOATS = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
@@ -39,7 +39,7 @@ def narrow_weights(model: OnnxModel) -> OnnxModel:
         target = next(attribute.i for attribute in node.attribute if attribute.name == "to")
         if target in _FLOATS and node.output[0] not in results:
             names[node.output[0]] = node.input[0]
-            weights[node.input[0]] = _narrowed(weights[node.input[0]], ir.DataType(target))
+            weights[node.input[0]] = cast_lazily(weights[node.input[0]], ir.DataType(target))
             del proto.graph.node[index]
     if not names:
         return model
@@ -59,12 +59,3 @@ def narrow_weights(model: OnnxModel) -> OnnxModel:
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(kept)
     return dataclasses.replace(model, proto=proto, weights=weights)
-
-
-def _narrowed(weight: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
-    shape = ir.Shape(weight.shape.numpy())
-    return ir.LazyTensor(partial(_convert, weight, dtype), dtype=dtype, shape=shape, name=weight.name)
-
-
-def _convert(weight: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
-    return ir.Tensor(weight.numpy().astype(dtype.numpy()), dtype=dtype, name=weight.name)

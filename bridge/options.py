@@ -41,6 +41,12 @@ class Options(RuntimeOptions):
             present, else a portable engine.
         isolate: parse and build in a child process, so that a crash of the backend ends as an error.
         timeout_s: most seconds that building one engine may take.
+        refittable: let ``module.refit`` exchange the weights later, without a rebuild. What the graph computes of them
+            alone is computed beforehand; TensorRT may optimize less around weights that it does not know.
+        strip_weights: build small engines without weights, which `tb.load` takes from a module or a state dict; implies
+            ``refittable``.
+        weight_streaming_bytes: TensorRT: most device memory for the weights of one engine, in bytes; the rest is
+            streamed from the host while it runs. 0 streams all that can be.
         device: where the module will run; default the module's own device, or what the backend runs on.
         cache_dir: folder for engines, compiled kernels and times of kernels and of attention; default
             ``$TRTBRIDGE_CACHE_DIR``, else the user's cache folder.
@@ -96,6 +102,9 @@ class Options(RuntimeOptions):
     compute_capabilities: tuple[tuple[int, int], ...] = ()
     isolate: bool = True
     timeout_s: float | None = None
+    refittable: bool = False
+    strip_weights: bool = False
+    weight_streaming_bytes: int | None = None
     device: torch.device | str | None = None
     cache_dir: str | os.PathLike[str] | None = None
     cache: bool = False
@@ -141,7 +150,9 @@ class Options(RuntimeOptions):
         opset = self.opset
         need(opset is None or (_is_int(opset) and 18 <= opset <= 25), "opset", "an ONNX opset from 18 to 25")
         need(isinstance(self.passes, Pipeline), "passes", "a passes.Pipeline, such as trtbridge.DEFAULT")
-        for name in ("tf32", "isolate", "fallback", "check_export", "check_passes", "cache"):
+        for name in (
+            *("tf32", "isolate", "fallback", "check_export", "check_passes", "cache", "refittable", "strip_weights"),
+        ):
             need(isinstance(getattr(self, name), bool), name, "True or False")
         level = self.optimization_level
         need(level is None or (_is_int(level) and 0 <= level <= 5), "optimization_level", "from 0 to 5")
@@ -154,6 +165,13 @@ class Options(RuntimeOptions):
             self.timeout_s is None or self.isolate,
             "timeout_s",
             "left out with isolate=False: only a child process can be stopped",
+        )
+        budget = self.weight_streaming_bytes
+        need(budget is None or (_is_int(budget) and budget >= 0), "weight_streaming_bytes", "a number of bytes")
+        need(
+            not self.can_be_refitted or str(self.precision).partition("+")[0] not in ("int8", "fp8"),
+            "precision",
+            "left out or 16 bits with refittable or strip_weights: scales of 8-bit weights are part of the engine",
         )
         pairs = self.compute_capabilities
         need(
@@ -219,11 +237,16 @@ class Options(RuntimeOptions):
         need(self.progress is None or callable(self.progress), "progress", "a function of (stage, fraction)")
 
     @property
+    def can_be_refitted(self) -> bool:
+        """Whether weights are exchanged later."""
+        return self.refittable or self.strip_weights
+
+    @property
     def recorded(self) -> dict[str, Any]:
         """What decides the graph, JSON-ready: those that are not as by default, passes and functions left out."""
         names = (
             *("opset", "tf32", "plugin_host", "fallback", "check_export", "max_data_size"),
-            *("precision", "precision_tolerance", "attention"),
+            *("precision", "precision_tolerance", "attention", "refittable", "strip_weights"),
         )
         found = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Options, name, None)}
         keep = [self.keep_fp32] if isinstance(self.keep_fp32, str) else self.keep_fp32
@@ -248,6 +271,9 @@ class Options(RuntimeOptions):
             isolate=self.isolate,
             timeout_s=self.timeout_s,
             cache_dir=self.cache_dir,
+            refittable=self.can_be_refitted,
+            strip_weights=self.strip_weights,
+            weight_streaming_bytes=self.weight_streaming_bytes,
         )
 
 

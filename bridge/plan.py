@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import onnx_ir as ir
 from .backends.base import Segment
 from .dims import Range
 from .model import Origin, Signature, TensorSpec
+from .recipes import Recipes
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Plan:
         aliases: results that only forward an input, a constant or a plugin's output: result → that tensor.
         source: what the model was made from.
         data_dims: ranges of the sizes that depend on data.
+        recipes: how weights and constants come from the module; None where they cannot be exchanged.
     """
 
     steps: tuple[Segment | PluginCall, ...]
@@ -90,6 +93,7 @@ class Plan:
     aliases: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     data_dims: Mapping[str, Range] = field(default_factory=dict)
+    recipes: Recipes | None = None
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -103,3 +107,16 @@ class Plan:
     @property
     def plugin_calls(self) -> tuple[PluginCall, ...]:
         return tuple(step for step in self.steps if isinstance(step, PluginCall))
+
+
+def with_recipes(plan: Plan, recipes: Recipes) -> Plan:
+    """A plan that knows how its weights are made."""
+    inside = {name for segment in plan.segments for name in segment.weights}
+    kept = recipes.only(inside, plan.constants.keys())
+    steps = [
+        dataclasses.replace(step, refittable=frozenset(step.weights) & kept.weights.keys())
+        if isinstance(step, Segment)
+        else step
+        for step in plan.steps
+    ]
+    return dataclasses.replace(plan, steps=tuple(steps), recipes=kept)

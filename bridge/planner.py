@@ -34,11 +34,12 @@ from .halving import find_culprit
 from .model import OnnxModel, iterate_nodes, origin_of
 from .options import Options
 from .partition import partition
-from .plan import Plan
+from .plan import Plan, with_recipes
 from .precision import PrecisionReport, Refused, convert_precision, sixteen_bit_nodes, with_opset
 from .precision_request import Measurements
 from .program import Program
 from .quantize import quantized_nodes
+from .recipes import bake
 from .rewrites import Rewrites, Site
 from .stages import Stages
 from .untranslatable import sharing_calls
@@ -169,7 +170,9 @@ class Planner:
                 self._opset = opset_of(model.proto)
                 self.models["attention"] = model
             with self.stages.stage("partition"):
+                model, recipes = bake(model, self.models["export"])
                 plan = partition(model, None if self.options.plugin_host == "segments" else self.backend, self.outside)
+                plan = plan if recipes is None else with_recipes(plan, recipes)
                 if self.options.plugin_host == "engine":
                     _require_inside(plan, self.backend.name)
             self._made = (self._state(), plan)

@@ -18,6 +18,7 @@ from .backends.base import Engine
 from .dtypes import from_torch, to_torch
 from .model import Signature
 from .plan import PluginCall
+from .recipes import Recipes
 
 FORMAT = "trtbridge-program"
 FORMAT_VERSION = 1
@@ -45,7 +46,9 @@ class Program:
         constants: tensors that plugin calls read or that are results themselves, on the CPU.
         aliases: results that are other tensors: result → tensor.
         source: what was converted.
-        info: JSON-ready facts of the conversion: versions, options, seconds a stage.
+        info: JSON-ready facts of the conversion: versions, options, seconds a stage; ``refitted`` counts the times that
+            the weights were exchanged.
+        recipes: how weights and constants come from the module; None where they cannot be exchanged.
     """
 
     backend: str
@@ -55,6 +58,14 @@ class Program:
     aliases: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     info: Mapping[str, Any] = field(default_factory=dict)
+    recipes: Recipes | None = None
+
+    @property
+    def is_stripped(self) -> bool:
+        """Whether it lacks its weights: it cannot run before it is refitted."""
+        between = self.recipes.constants if self.recipes is not None else ()
+        lost = any(name not in self.constants for name in between)
+        return lost or any(engine.info.get("stripped") for engine in self.engines)
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -93,6 +104,11 @@ class Program:
                 "shape": list(tensor.shape),
             }
             parts[f"constants/{index}"] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        recipes = None
+        if self.recipes is not None:
+            own = {f"recipes/{index}": part for index, part in enumerate(self.recipes.parts)}
+            parts |= own
+            recipes = {**self.recipes.to_json(), "parts": list(own)}
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -103,6 +119,7 @@ class Program:
             "constants": constants,
             "aliases": dict(self.aliases),
             "info": dict(self.info),
+            "recipes": recipes,
         }
         write_archive(path, manifest, parts, durable=True)
 
@@ -133,6 +150,7 @@ class Program:
             aliases=manifest["aliases"],
             source=manifest["source"],
             info=manifest["info"],
+            recipes=_read_recipes(manifest.get("recipes"), parts),
         )
 
 
@@ -140,6 +158,10 @@ def _read_step(data: Mapping[str, Any], parts: Mapping[str, bytes], backend: str
     if "plugin" in data:
         return PluginCall.from_json(data)
     return EngineStep(data["engine"], engine_from_json(data, parts, backend))
+
+
+def _read_recipes(data: Mapping[str, Any] | None, parts: Mapping[str, bytes]) -> Recipes | None:
+    return None if data is None else Recipes.from_json(data, [parts[name] for name in data["parts"]])
 
 
 def _read_constant(entry: Mapping[str, Any], parts: Mapping[str, bytes]) -> torch.Tensor:

@@ -14,13 +14,22 @@ from onnxscript.rewriter.rules import common as rules
 
 from ..nodes import DOMAIN
 from .model import INLINE_LIMIT_BYTES
+from .parameters import hidden
 
 _ROUNDS = 2  # as many as the exporter makes; the second one finds what the first one opened up
 
 
 def simplify(model: ir.Model) -> None:
-    """Inline functions, fold constants and shape arithmetic, and apply onnxscript's exact rewrites, in place."""
+    """Inline functions, fold constants and shape arithmetic, and apply onnxscript's exact rewrites, in place.
+
+    None of that looks at the values of initializers that may change (`parameters.mark`).
+    """
     onnxscript.optimizer.inline(model)
+    with hidden(model):
+        _simplify(model)
+
+
+def _simplify(model: ir.Model) -> None:
     rewrites = RewritePass(
         [
             rules.cast_cast_rule,

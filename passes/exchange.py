@@ -20,6 +20,7 @@ from onnx_graphsurgeon.importers.onnx_importer import get_onnx_tensor_shape
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from .parameters import cast_lazily, hide, names_read, parameter_names
 from .surgery import bodies, element_type, scopes
 
 EXTERNAL_LOCATION = "trtbridge-weights"
@@ -27,6 +28,7 @@ EXTERNAL_LOCATION = "trtbridge-weights"
 
 INLINE_LIMIT_BYTES = 1024
 """Initializers of the main graph larger than this leave the proto."""
+
 
 _Attribute = onnx.AttributeProto
 _CARRIED = {
@@ -62,6 +64,9 @@ class Exchange:
     Local functions are left out of `graph` and return unchanged; a node that calls one is an op of an unknown domain.
     Initializers that are graph inputs as well (defaults that a caller may override) become plain constants.
 
+    Parameters (`parameter_names`) are inputs of `graph`: the values of a model that is to be refitted are not known, so
+    that no rewrite can hang on them. On the way back they are initializers again.
+
     Attributes:
         graph: the graph for the passes.
     """
@@ -77,6 +82,8 @@ class Exchange:
         copy.CopyFrom(proto)
         copy.ClearField("functions")
         _strip_attributes(copy.graph)
+        self._parameters = parameter_names(proto)
+        hide(copy.graph, self._parameters)
         with G_LOGGER.suppress(G_LOGGER.ERROR):  # The checks say better what its warnings say.
             self.graph: gs.Graph = gs.import_onnx(copy)
         # The objects are kept beside what is known of them, so that no id() can be given away again.
@@ -98,7 +105,8 @@ class Exchange:
 
     def _pair(self, scope: gs.Graph, proto: onnx.GraphProto, outer: Mapping[str, gs.Graph]) -> None:
         self._scopes[id(scope)] = (scope, proto)
-        owners = {**outer, **{tensor.name: scope for tensor in proto.initializer}}
+        own = (tensor.name for tensor in proto.initializer if tensor.name not in self._parameters)
+        owners = {**outer, **dict.fromkeys(own, scope)}
         for node, node_proto in zip(scope.nodes, proto.node, strict=True):
             self._nodes[id(node)] = (node, node_proto)
             self._by_output.update((name, node_proto) for name in node_proto.output if name)
@@ -135,11 +143,14 @@ class Exchange:
         }
         relatives = self._relatives()
         model.graph.CopyFrom(self._export_scope(self.graph, homes, relatives))
+        kept |= _show(model.graph, self._parameters, weights)
         initializers = list(model.graph.initializer)
         model.graph.ClearField("initializer")
         for tensor in initializers:
             # The name may be new, while the weight is known by the one it came with.
-            if tensor.name in sources:
+            if tensor.name in kept:
+                pass
+            elif tensor.name in sources:
                 kept[tensor.name] = weights[sources[tensor.name]]
             elif len(tensor.raw_data) > INLINE_LIMIT_BYTES or _typed_bytes(tensor) > INLINE_LIMIT_BYTES:
                 kept[tensor.name] = ir.serde.TensorProtoTensor(tensor)
@@ -373,3 +384,24 @@ def iterate_stand_ins(graph: onnx.GraphProto) -> Iterator[str]:
         key = stand_in_name(tensor)
         if key is not None:
             yield key
+
+
+def _show(
+    graph: onnx.GraphProto, names: Mapping[str, str], weights: Mapping[str, ir.TensorProtocol]
+) -> dict[str, ir.TensorProtocol]:
+    """Make initializers of parameters again, and say what they hold; those that nothing reads go."""
+    if not names:
+        return {}
+    inputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in graph.input]
+    used = names_read(graph)
+    found: dict[str, ir.TensorProtocol] = {}
+    del graph.input[:]
+    for value in inputs:
+        if value.name not in names:
+            graph.input.append(value)
+        elif value.name in used:
+            # A pass may have narrowed a type that the backend lacks.
+            found[value.name] = cast_lazily(weights[value.name], ir.DataType(value.type.tensor_type.elem_type))
+            graph.initializer.append(make_stand_in(value.name, found[value.name]))
+            graph.value_info.append(value)
+    return found

@@ -35,6 +35,7 @@ class Segment:
         outputs: the graph's outputs in order.
         provenance: origin of every tensor in the graph, for errors.
         hosted: the plugin calls that stay inside the engine.
+        refittable: the weights that may be exchanged later, of an engine that is built for it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Segment:
     outputs: tuple[TensorSpec, ...]
     provenance: Mapping[str, Origin] = field(default_factory=dict, repr=False)
     hosted: tuple[PluginCall, ...] = ()
+    refittable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class BuildOptions:
         isolate: parse and build in a child process, so that a crash in the backend ends as a BuildError.
         timeout_s: most seconds that one engine may take to build (isolated builds only); None for no limit.
         cache_dir: where TensorRT keeps how long kernels took; None for the default folder.
+        refittable: build engines whose weights (`Segment.refittable`) can be exchanged.
+        strip_weights: leave those weights out of the engine; it runs once they have been put in.
+        weight_streaming_bytes: most device memory for the weights of one engine, the rest is streamed from the host
+            while it runs; None keeps all of them on the device.
     """
 
     tf32: bool = False
@@ -68,6 +74,9 @@ class BuildOptions:
     isolate: bool = True
     timeout_s: float | None = None
     cache_dir: str | os.PathLike[str] | None = None
+    refittable: bool = False
+    strip_weights: bool = False
+    weight_streaming_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,8 @@ class Engine:
         backend: name of the backend that made it and can load it.
         parts: named blobs (for TensorRT ``engine.plan``; for ONNX Runtime ``model.onnx`` and ``weights.bin``).
         info: JSON-ready facts: versions, compute capability, layers (name, type, precision), options used, and
-            ``plugins``, those inside the engine (op, node, place in the user's program).
+            ``plugins``, those inside the engine (op, node, place in the user's program), and ``stripped``, whether it
+            lacks its weights.
         inputs: binding specs in the order that the executable takes them.
         outputs: binding specs in the order that the executable returns them.
     """
@@ -238,6 +248,20 @@ class Backend(Protocol):
             BackendError: not installed, or cannot build here.
             UnsupportedOpError: the parser refuses nodes; all of them are named.
             BuildError: the builder failed, died or ran out of time.
+        """
+        ...
+
+    def refit(self, engine: Engine, weights: Mapping[str, ir.TensorProtocol], device: torch.device) -> Engine:
+        """A copy of an engine with other weights.
+
+        Args:
+            engine: built by this backend, refittable; it is not changed.
+            weights: by name, at least all that the engine may exchange (`Segment.refittable`); read one at a time.
+            device: where to work, for backends that need a device for that.
+
+        Raises:
+            BackendError: not installed, or cannot work here.
+            RefitError: the engine does not take them.
         """
         ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from ...errors import ExecutionError
@@ -28,7 +29,7 @@ def can_be_empty(inputs: Sequence[TensorSpec]) -> bool:
     return any(bounds is not None and bounds[0] == 0 for spec in inputs for bounds in spec.ranges)
 
 
-def empty_parts(segment: Segment) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+def empty_parts(segment: Segment, strip_weights: bool = False) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """Parts and info that an engine needs beside its plan to take empty inputs; none for most."""
     if not can_be_empty(segment.inputs) or segment.hosted:
         return {}, None
@@ -43,8 +44,25 @@ def empty_parts(segment: Segment) -> tuple[dict[str, Any], Mapping[str, Any] | N
     # With one size that may be 0 it is enough to see that every result has it as a size.
     if len(set(names)) == 1 and not static and all(names[0] in map(str, spec.shape) for spec in segment.outputs):
         return {}, None
-    engine = OnnxRuntimeBackend().build(segment, BuildOptions())
-    return {_PREFIX + name: part for name, part in engine.parts.items()}, engine.info
+    return _as_parts(OnnxRuntimeBackend().build(segment, BuildOptions(strip_weights=strip_weights)))
+
+
+def refit_empty(
+    engine: Engine, weights: Mapping[str, ir.TensorProtocol]
+) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """What `empty_parts` added to an engine, with other weights."""
+    inner = _inner(engine)
+    return ({}, None) if inner is None else _as_parts(OnnxRuntimeBackend().refit(inner, weights, torch.device("cpu")))
+
+
+def _as_parts(inner: Engine) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    return {_PREFIX + name: part for name, part in inner.parts.items()}, inner.info
+
+
+def _inner(engine: Engine) -> Engine | None:
+    """The engine of ONNX Runtime inside one of TensorRT."""
+    parts = {n.removeprefix(_PREFIX): p for n, p in engine.parts.items() if n.startswith(_PREFIX)}
+    return Engine("onnxruntime", parts, engine.info["empty"], engine.inputs, engine.outputs) if parts else None
 
 
 def revive_empty_parts(engine: Engine, segment: Segment) -> dict[str, Any]:
@@ -97,13 +115,11 @@ class EmptySafe:
         return [result.to(self.device) for result in self._fallback([tensor.cpu() for tensor in inputs])]
 
     def _load_fallback(self, inputs: Sequence[torch.Tensor]) -> Context:
-        parts = {n.removeprefix(_PREFIX): p for n, p in self._engine.parts.items() if n.startswith(_PREFIX)}
-        if not parts:
+        inner = _inner(self._engine)
+        if inner is None:
             shapes = [tuple(tensor.shape) for tensor in inputs]
             raise ExecutionError(
                 f"TensorRT does not run on empty tensors, and this engine holds plugins; its inputs are {shapes}. "
                 'Convert with plugin_host="segments".'
             )
-        info = self._engine.info["empty"]
-        engine = Engine("onnxruntime", parts, info, self._engine.inputs, self._engine.outputs)
-        return OnnxRuntimeBackend().load(engine, torch.device("cpu")).new_context()
+        return OnnxRuntimeBackend().load(inner, torch.device("cpu")).new_context()

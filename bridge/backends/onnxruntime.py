@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,15 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
-from ...errors import BackendError, ExecutionError, OptionError, PluginError, UnsupportedOpError
+from ...errors import (
+    BackendError,
+    BuildError,
+    ExecutionError,
+    OptionError,
+    PluginError,
+    RefitError,
+    UnsupportedOpError,
+)
 from ..model import TensorSpec, iterate_nodes
 from ..profiles import EngineProfiles
 from ..runtime_options import RuntimeOptions
@@ -83,7 +91,10 @@ class OnnxRuntimeBackend:
             OptionError: one of them is set; the message names it.
         """
         unset = BuildOptions()
-        for name in ("optimization_level", "workspace_bytes", "compute_capabilities", "timeout_s"):
+        for name in (
+            *("optimization_level", "workspace_bytes", "compute_capabilities", "timeout_s"),
+            "weight_streaming_bytes",
+        ):
             if getattr(options, name) != getattr(unset, name):
                 raise OptionError(f"{name} is for TensorRT; backend 'onnxruntime' has no such option. Leave it out.")
 
@@ -142,7 +153,7 @@ class OnnxRuntimeBackend:
         report = progress or (lambda phase, fraction: None)
         report("weights", 0.0)
         proto = hoist_stand_ins(segment.proto)
-        buffer = pack(proto, segment, report)
+        buffer = pack(proto, segment.weights, segment.name, report)
         weights = unpack(proto, buffer.data, segment.name)
         wide_proto, wide_weights = widen(proto, weights, _WIDENED_ON["cpu"] if self._widens else frozenset())
         report("session", 0.0)
@@ -167,9 +178,30 @@ class OnnxRuntimeBackend:
             "widens": self._widens,
             "tf32": options.tf32,
             "profiles": EngineProfiles.of(segment.inputs).to_json(),
+            "stripped": options.strip_weights and not segment.refittable.isdisjoint(weights),
         }
+        if info["stripped"]:
+            buffer = pack(proto, weights, segment.name, report, left_out=segment.refittable)
         parts = {MODEL_PART: proto.SerializeToString(), WEIGHTS_PART: buffer.data}
         return Engine(self.name, parts, info, segment.inputs, segment.outputs)
+
+    def refit(self, engine: Engine, weights: Mapping[str, ir.TensorProtocol], device: torch.device) -> Engine:
+        """Write a new ``weights.bin``; a session is made when the engine is loaded.
+
+        Raises:
+            RefitError: a weight is missing, or has another type or shape.
+            ModelFileError: the engine's parts are missing or damaged.
+        """
+        name = str(engine.info.get("segment", "engine"))
+        proto, old = read_parts(engine, name)
+        own = {tensor.name for tensor in stand_ins(proto)}
+        made = {weight: value for weight, value in weights.items() if weight in own}
+        try:
+            buffer = pack(proto, {**old, **made}, name, lambda phase, fraction: None)
+        except BuildError as error:
+            raise RefitError(str(error)) from error
+        parts = {MODEL_PART: proto.SerializeToString(), WEIGHTS_PART: buffer.data}
+        return dataclasses.replace(engine, parts=parts, info={**engine.info, "stripped": False})
 
     def identity(self, options: BuildOptions) -> dict[str, Any]:
         """Versions: an engine is the graph, and what differs between devices is settled when it is loaded."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ import onnx_ir as ir
 
 from ...errors import BuildError, ModelFileError
 from ..model import iterate_nodes
-from .base import Engine, Progress, Segment
+from .base import Engine, Progress
 
 MODEL_PART = "model.onnx"
 WEIGHTS_PART = "weights.bin"
+LEFT_OUT = "trtbridge-left-out"
+"""``location`` of a stand-in whose values are not in the engine."""
 EXTERNAL = onnx.TensorProto.EXTERNAL
 _ALIGNMENT_BYTES = 64
 _FLOAT8 = {
@@ -60,21 +62,39 @@ def hoist_stand_ins(proto: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def pack(proto: onnx.ModelProto, segment: Segment, report: Progress) -> np.ndarray:
-    """Copy the weights into one buffer, and make the stand-ins point into it.
+def pack(
+    proto: onnx.ModelProto,
+    weights: Mapping[str, ir.TensorProtocol],
+    name: str,
+    report: Progress,
+    left_out: Collection[str] = (),
+) -> np.ndarray:
+    """Copy weights into one buffer, and make the stand-ins point into it.
+
+    Args:
+        proto: its stand-ins are changed.
+        weights: by name; each is read once.
+        name: of the engine, for errors.
+        report: told the part of the bytes that is copied.
+        left_out: stand-ins that point nowhere afterwards.
 
     Returns:
         the buffer, (bytes,) uint8, aligned as its parts are.
     """
-    placed = stand_ins(proto)
+    placed = []
     total = 0
-    for tensor in placed:
-        weight = segment.weights.get(tensor.name)
+    for tensor in stand_ins(proto):
+        if tensor.name in left_out:
+            del tensor.external_data[:]
+            tensor.external_data.add(key="location", value=LEFT_OUT)
+            continue
+        placed.append(tensor)
+        weight = weights.get(tensor.name)
         if weight is None:
-            raise BuildError(f"{segment.name}: weight {tensor.name!r} has no values.")
+            raise BuildError(f"{name}: weight {tensor.name!r} has no values.")
         if int(weight.dtype) != tensor.data_type or tuple(weight.shape.numpy()) != tuple(tensor.dims):
             raise BuildError(
-                f"{segment.name}: weight {tensor.name!r} is {weight.dtype.name}{list(weight.shape.numpy())}, the graph "
+                f"{name}: weight {tensor.name!r} is {weight.dtype.name}{list(weight.shape.numpy())}, the graph "
                 f"says {ir.DataType(tensor.data_type).name}{list(tensor.dims)}."
             )
         total = -(-total // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
@@ -86,7 +106,7 @@ def pack(proto: onnx.ModelProto, segment: Segment, report: Progress) -> np.ndarr
     start = -storage.ctypes.data % _ALIGNMENT_BYTES
     buffer = storage[start : start + total]
     for tensor in placed:
-        weight = segment.weights[tensor.name]
+        weight = weights[tensor.name]
         offset = _external(tensor)["offset"]
         target = buffer[offset : offset + weight.nbytes]
         if weight.dtype.bitwidth < 8:
@@ -102,10 +122,17 @@ def _external(tensor: onnx.TensorProto) -> dict[str, int]:
     return {entry.key: int(entry.value) for entry in tensor.external_data if entry.key in ("offset", "length")}
 
 
+def is_left_out(tensor: onnx.TensorProto) -> bool:
+    """Whether a stand-in has no values in an engine: it was built without."""
+    return any(entry.key == "location" and entry.value == LEFT_OUT for entry in tensor.external_data)
+
+
 def unpack(proto: onnx.ModelProto, buffer: memoryview, name: str) -> dict[str, ir.TensorProtocol]:
-    """Views of the weights in the buffer that `pack` filled."""
+    """Views of the weights in the buffer that `pack` filled; without those that it left out."""
     weights: dict[str, ir.TensorProtocol] = {}
     for tensor in stand_ins(proto):
+        if is_left_out(tensor):
+            continue
         dtype, shape = ir.DataType(tensor.data_type), tuple(tensor.dims)
         place = _external(tensor)
         offset, length = place.get("offset", -1), place.get("length", -1)

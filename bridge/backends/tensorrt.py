@@ -39,7 +39,7 @@ from ..profiles import EngineProfiles
 from ..runtime_options import RuntimeOptions
 from . import trt_build
 from .base import BackendStatus, BuildOptions, Engine, Executable, Progress, Refusal, Segment
-from .empty import EmptySafe, can_be_empty, empty_parts, revive_empty_parts
+from .empty import EmptySafe, can_be_empty, empty_parts, refit_empty, revive_empty_parts
 from .flavour import FLAVOURS, Flavour, find_capabilities, tf32_environment
 from .layers import EngineLayers, LayerProfiler
 from .plugin_library import library_environment, require_library
@@ -49,6 +49,7 @@ from .timing_cache import timing_file
 from .trt_blame import describe_refusals, failure_words, find_refusals, find_suspects, parsed_graph
 from .trt_fit import identity, made_for, misfit, words_of_invalidity
 from .trt_layers import TrtLayerProfiler, inspect_layers
+from .trt_refit import SKELETON_PART, make_skeleton, refit_plan
 from .trt_run import ENGINE_PART, TensorRtExecutable
 
 if TYPE_CHECKING:
@@ -130,7 +131,9 @@ class TensorRtBackend:
             if refusals:
                 raise UnsupportedOpError(describe_refusals(self.flavour.title, refusals), refusals)
             if outcome.error:
-                raise BuildError(failure_words(self.flavour, segment, outcome), find_suspects(segment, outcome))
+                suspected = find_suspects(segment, outcome) if outcome.graph_at_fault else []
+                words = failure_words(self.flavour, segment, outcome)
+                raise BuildError(words, suspected, outcome.graph_at_fault)
             plan = _map_file(folder / ENGINE_PART)
         for message in outcome.messages:
             logger.info("%s: %s", segment.name, message)
@@ -143,8 +146,23 @@ class TensorRtBackend:
             "plugins": hosted_plugins(segment),
             "profiles": EngineProfiles.of(segment.inputs).to_json(),
         }
-        parts, info["empty"] = empty_parts(segment)
+        parts, info["empty"] = empty_parts(segment, options.strip_weights)
+        if _refittable(segment, options):
+            parts[SKELETON_PART] = make_skeleton(parsed_graph(self.flavour, segment), segment)
+            info["stripped"] = options.strip_weights
+        if options.weight_streaming_bytes is not None:
+            info["weight_streaming_bytes"] = options.weight_streaming_bytes
         return Engine(self.name, {ENGINE_PART: plan, **parts}, info, segment.inputs, segment.outputs)
+
+    def refit(self, engine: Engine, weights: Mapping[str, ir.TensorProtocol], device: torch.device) -> Engine:
+        if SKELETON_PART not in engine.parts:
+            return engine  # it holds no weight of the module
+        if not torch.cuda.is_available():
+            raise BackendError(_no_gpu(self.flavour))
+        parts, empty = refit_empty(engine, weights)
+        plan = refit_plan(self.flavour, engine, weights, device)
+        info = {**engine.info, "stripped": False, "empty": empty}
+        return dataclasses.replace(engine, parts={**engine.parts, **parts, ENGINE_PART: plan}, info=info)
 
     def identity(self, options: BuildOptions) -> dict[str, Any]:
         return identity(self.flavour, options, self.status().version)
@@ -279,6 +297,9 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
             gpu_present=torch.cuda.is_available(),
             plugins=bool(hosted_plugins(segment)),
             timings="" if parse_only else _timings(flavour, options),
+            refittable=sorted(_refittable(segment, options)),
+            strip_weights=options.strip_weights,
+            stream_weights=options.weight_streaming_bytes is not None,
         )
         (folder / "job.json").write_text(json.dumps(vars(job)))
         yield folder
@@ -291,6 +312,12 @@ def _timings(flavour: Flavour, options: BuildOptions) -> str:
     folder = resolve_cache_dir(options.cache_dir)
     gpu = torch.cuda.get_device_name(0 if options.isolate else None)
     return "" if folder is None else str(timing_file(folder.absolute(), flavour.module().__version__, gpu))
+
+
+def _refittable(segment: Segment, options: BuildOptions) -> set[str]:
+    """The weights of an engine that may be exchanged; a part of a segment, built to find a culprit, has some."""
+    own = {tensor.name for tensor in segment.proto.graph.initializer} if options.refittable else set()
+    return own & segment.refittable
 
 
 def _scratch_folder(size_bytes: int) -> str | None:

@@ -46,6 +46,9 @@ class Job:
         gpu_present: whether a CUDA device can be used.
         plugins: the graph has plugin nodes.
         timings: file of how long kernels took (`timing_cache`), "" for none.
+        refittable: the weights that may be exchanged later; the engine is built for that where there are any.
+        strip_weights: leave those out of the engine.
+        stream_weights: weights may lie on the host while the engine runs.
     """
 
     flavour: str
@@ -59,6 +62,9 @@ class Job:
     gpu_present: bool
     plugins: bool = False
     timings: str = ""
+    refittable: list[str] = field(default_factory=list)
+    strip_weights: bool = False
+    stream_weights: bool = False
 
 
 @dataclass
@@ -71,6 +77,7 @@ class Outcome:
         messages: the library's warnings and errors, the last hundred.
         layers: name, type and output dtypes of each layer of the network as parsed.
         version: of the library.
+        graph_at_fault: the error may have to do with what is in the graph.
     """
 
     refusals: list[dict[str, Any]] = field(default_factory=list)
@@ -78,6 +85,7 @@ class Outcome:
     messages: list[str] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     version: str = ""
+    graph_at_fault: bool = True
 
 
 def run_job(folder: Path, report: Report) -> Outcome:
@@ -142,6 +150,11 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
         dtypes = [layer.get_output(i).dtype.name for i in range(layer.num_outputs)]
         outcome.layers.append({"name": layer.name, "type": layer.type.name, "dtypes": dtypes})
 
+    lost = _lost_weights(network, model, job.refittable, outcome)
+    if lost:
+        outcome.graph_at_fault = False
+        outcome.error = f"it takes these weights in and could not exchange them later: {', '.join(lost)}"
+        return
     config = builder.create_builder_config()
     if job.tf32:
         config.set_flag(trt.BuilderFlag.TF32)
@@ -155,6 +168,12 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     target_gpus(flavour, config, job.compute_capabilities, job.gpu_present)
     config.progress_monitor = _make_monitor(flavour, report)
+    if job.stream_weights:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if job.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if job.refittable and job.strip_weights:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
     problem = _add_profiles(builder, network, config, job.profiles)
     if problem:
         outcome.error = problem
@@ -162,6 +181,13 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
     engine = _build(builder, network, config, job, outcome)
     if engine is None:
         outcome.error = "the builder failed"
+        if job.refittable:
+            for flag in (trt.BuilderFlag.REFIT, trt.BuilderFlag.STRIP_PLAN):
+                config.clear_flag(flag)
+            if builder.build_serialized_network(network, config) is not None:
+                outcome.graph_at_fault = False
+                where = "" if job.gpu_present else " on a machine without a GPU: build it on one that has the GPU"
+                outcome.error = f"it builds this engine, but not a refittable one{where}"
         return
     with (folder / "engine.plan").open("wb") as file:
         file.write(memoryview(engine))
@@ -181,6 +207,28 @@ def _build(
     if problem:
         outcome.messages.append(f"WARNING: {problem}")
     return engine
+
+
+def _lost_weights(network: trt.INetworkDefinition, model: bytes, names: list[str], outcome: Outcome) -> list[str]:
+    """Weights that the network has not under their names: the parser computed something of them."""
+    if not names:
+        return []
+    messages = len(outcome.messages)
+    lost = []
+    for name in names:
+        if network.mark_weights_refittable(name):
+            network.unmark_weights_refittable(name)  # this was but to ask; all of them are
+        else:
+            lost.append(name)
+    del outcome.messages[messages:]  # it complains about names that it does not know
+    if lost:
+        import onnx  # here alone: a build that succeeds does without
+
+        # Batch norms become a scale and a shift; OnnxParserRefitter computes those.
+        graph = onnx.ModelProto.FromString(model).graph
+        known = {name for node in graph.node if node.op_type == "BatchNormalization" for name in node.input[1:]}
+        lost = [name for name in lost if name not in known]
+    return lost
 
 
 def _parse(

@@ -18,6 +18,7 @@ from .flavour import Flavour, JitCache, tf32_environment
 from .plugin_nodes import require_ops
 from .trt_outputs import SizedByData
 from .trt_profiles import select_profile
+from .trt_refit import stream_weights
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -65,6 +66,7 @@ class TensorRtExecutable:
                     f"{torch.cuda.get_device_name(index)}: it was built with {engine.info.get('version')} for "
                     f"{engine.info.get('target')}. Convert again on this machine."
                 )
+            stream_weights(loaded, engine.info)
             self._engine = loaded
             self._jit_file = JitCacheFile(cache_dir, plan, f"{flavour.name}-{trt.__version__}") if flavour.jit else None
             blob = self._jit_file.read() if self._jit_file else None
