@@ -10,8 +10,8 @@ from .avoid_plugins import ways_to_avoid
 from .backends import choose_backend
 from .backends.base import Refusal
 from .convert import Model, make_planner
+from .inspection import describe_plugin
 from .model import Origin, Signature
-from .module import describe_plugin
 from .options import Options
 from .plan import PluginCall
 from .plugin_costs import PluginCost, plugin_costs

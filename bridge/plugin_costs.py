@@ -137,7 +137,7 @@ class _Clock(Recorder):
     def run_node(self, n: torch.fx.Node) -> Any:
         if n.name not in self._names:
             return super().run_node(n)
-        seconds = []
+        seconds, value = [], None
         for _ in range(1 if _writes(n) else _CALLS):
             _wait(self.traced)
             started = time.perf_counter()

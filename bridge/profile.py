@@ -129,7 +129,7 @@ def _time_steps(
 ) -> list[StepTime]:
     backend = get_backend(program.backend)
     steps = [
-        _engine_step(step.engine, backend.load(step.engine, device, cache_dir))
+        _engine_step(step.engine, backend.load(step.engine, device, cache_dir).new_context())
         if isinstance(step, EngineStep)
         else _plugin_step(step, device)
         for step in program.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -97,7 +98,8 @@ class _Scope:
             table = _table(view, angle, self.notes)
             if table is None:
                 return f"it is {_WHAT}, but {angle.name!r} is not seen to be the same for all heads and in both halves"
-            (samples, length, _), want = _shape(table), source.shape or ()
+            samples, length, _ = _shape(table)
+            want: Sequence[Any] = source.shape or ()
             if not same_size(length, want[2]) or not (same_size(samples, want[0]) or samples == 1):
                 return f"it is {_WHAT}, but {angle.name!r} is not seen to have one row for each position"
             if samples == 1 and not isinstance(want[0], (int, np.integer)) and not want[0]:
@@ -220,7 +222,8 @@ def _table(view: View, angle: gs.Tensor, notes: Notes) -> gs.Tensor | None:
         if not 2 <= len(known) <= 4 or (len(known) > 2 and known[-3] != 1) or nbytes(angle) > _MOST_BYTES:
             return None
         found = notes.values(angle)
-        return angle if np.array_equal(*np.split(found, 2, -1)) else None
+        left, right = np.split(found, 2, -1)
+        return angle if np.array_equal(left, right) else None
     node = view.maker(angle, "Unsqueeze")
     if node is None or axes(node, notes) != (1,) or rank(node.inputs[0]) != 3:
         return None
@@ -229,7 +232,7 @@ def _table(view: View, angle: gs.Tensor, notes: Notes) -> gs.Tensor | None:
 
 def _shape(table: gs.Tensor) -> tuple[Any, Any, Any]:
     """The samples, positions and numbers of a table of angles."""
-    shape = table.shape or ()
+    shape: Sequence[Any] = table.shape or ()
     if isinstance(table, gs.Constant):
         return (shape[0] if len(shape) == 4 else 1, shape[-2], shape[-1])
     return (shape[0], shape[1], shape[2])

@@ -57,8 +57,7 @@ class _Loaded:
             self.engine = loaded
             file = JitCacheFile(cache_dir, plan, f"{flavour.name}-{trt.__version__}") if flavour.jit else None
             self._jit = JitCache(flavour, loaded, file.read() if file else None)
-            config = self._jit.config
-            made = loaded.create_execution_context(config) if config else loaded.create_execution_context()
+            made = self._jit.create_context(user_managed=False)
         if made is None:
             raise ExecutionError(
                 f"{flavour.title} could not make an execution context on {self.device}: it needs "
