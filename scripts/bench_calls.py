@@ -71,7 +71,9 @@ def _random(model: str, settings: Settings) -> Row:
     for number in range(settings.random_calls):
         batch = pick.randint(1, models.MOST_BATCH)
         length = pick.randint(dims["length"][0], dims["length"][2]) if "length" in dims else 0
-        module(*(_cut(v, batch, length) for v in full.args), **{k: _cut(v, batch, length) for k, v in full.kwargs.items()})
+        module(
+            *(_cut(v, batch, length) for v in full.args), **{k: _cut(v, batch, length) for k, v in full.kwargs.items()}
+        )
         if (number + 1) % every == 0:
             synchronize()
             samples.append(_memory())
@@ -127,7 +129,11 @@ def threads(model: str, settings: Settings, keep: Keep) -> list[Row]:
         module = tb.load(program_file(settings, model), models.here(), cuda_graphs=mode)
         several = [module, *(copy.deepcopy(module) for _ in range(settings.threads - 1))]
         alone = 0.0
-        for way, crowd in (("one thread", [module]), ("one module", [module] * settings.threads), ("own modules", several)):
+        for way, crowd in (
+            ("one thread", [module]),
+            ("one module", [module] * settings.threads),
+            ("own modules", several),
+        ):
             rate, cosine = _crowd(crowd, given, expected, settings)
             alone = alone or rate
             rows.append({"way": way, "cuda_graphs": mode, "threads": len(crowd), "calls_per_s": round(rate, 1),
@@ -205,5 +211,3 @@ def threads_wrong(rows: Sequence[Row]) -> list[str]:
         if row["ratio"] < LEAST_THROUGHPUT:
             wrong.append(f"{name}: {row['ratio']:.3f} of one thread's throughput")
     return wrong
-
-

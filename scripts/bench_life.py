@@ -117,7 +117,14 @@ def gpus(unit: str, settings: Settings, keep: Keep) -> list[Row]:
         return [{"way": unit, "skipped": reason}]
     rows: list[Row] = []
     for count in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(TORCHRUN)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={count}",
+            str(TORCHRUN),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         row: Row = {"way": f"{count} processes", "status": done.returncode, "words": done.stdout[-600:]}
         row["throughput"] = throughput(done.stdout)

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,9 @@ def _distilbert(small: bool) -> nn.Module:
 def _clip_vision(small: bool) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128} if small else {}
+    sizes = (
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128} if small else {}
+    )
     return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=64 if small else 224, patch_size=16))
 
 
@@ -141,6 +143,14 @@ def convert(name: str, settings: Settings) -> None:
         traceback.print_exc()
         row["error"] = f"{type(error).__name__}: {error}"
     write(program_file(settings, name, ".json"), row)
+
+
+def forget_failures(names: Iterable[str], settings: Settings) -> None:
+    """Let models that did not convert be tried again."""
+    for name in names:
+        record = program_file(settings, name, ".json")
+        if (read(record) or {}).get("error"):
+            record.unlink()
 
 
 def convert_all(names: Sequence[str], settings: Settings, workers: int, limit_s: float) -> dict[str, Row]:
