@@ -6,7 +6,8 @@
 
 By parts (--parts): files of tests, most of them spread over processes ("rest" is what no other part names); last, the
 models are converted, several at once, each in a process of its own, and measured one after the other, so that nothing
-disturbs the clock. What follows ``--`` goes to pytest in every part. With TRTBRIDGE_GPU_TESTS_ON_CPU=1 everything runs as a dry run on a CPU.
+disturbs the clock. What follows ``--`` goes to pytest in every part. With TRTBRIDGE_GPU_TESTS_ON_CPU=1 everything runs
+as a dry run on a CPU.
 
 The package must be importable as trtbridge; nothing else is needed. Exit status: 0 when nothing failed.
 """
@@ -286,6 +287,8 @@ _TITLES = {
     "authoring": "Authoring",
     "jit cache": "Compiled kernels kept between processes",
     "overhead": "What a call costs the CPU",
+    "host time": "Host time of a call, in each way",
+    "random shapes": "Memory over calls with random shapes",
     "precision": "Precision: float32 models converted to others, beside PyTorch in float32",
     "digits": "Precision: a classifier of digits",
     "auto": 'Precision: the error that precision="auto" emulated, and that of the engine',
@@ -338,7 +341,8 @@ def render(record: Record) -> str:
     lines += [f"**{summary}.**", ""]
     rows = [row for test in tests.values() for row in test.get("rows", ())]
     backends = {row["backend"] for row in rows}
-    for table, title in _TITLES.items():
+    others = dict.fromkeys(row["table"] for row in rows if row["table"] not in ("seconds", *_TITLES))
+    for table, title in {**_TITLES, **{name: name.replace("_", " ").capitalize() for name in others}}.items():
         found = [dict(row) for row in rows if row["table"] == table]
         if not found:
             continue
