@@ -150,7 +150,9 @@ class Program:
                 parts = {name: archive.read(name) for name in manifest["sha256"]}
         except FileNotFoundError as error:
             raise ModelFileError(f"There is no file {path}.") from error
-        except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, OSError, EOFError) as error:
+        except ModelFileError:
+            raise
+        except Exception as error:  # over damage zipfile raises nearly anything, such as NotImplementedError
             raise ModelFileError(f"{path} is no trtbridge program, or is damaged: {error}. Save it again.") from error
         for name, digest in manifest["sha256"].items():
             if hashlib.sha256(parts[name]).hexdigest() != digest:

@@ -112,14 +112,13 @@ def save_killed(soak: Soak, pick: Random) -> str:
     path = soak.work / "killed.trtb"
     shutil.copyfile(soak.file, path)
     command = [sys.executable, str(SCRIPT), "--child", str(soak.file), str(path)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert child.stdout is not None
-        child.stdout.readline()  # it has begun
-        time.sleep(pick.random() * 0.1)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()  # it has begun
+            time.sleep(pick.random() * 0.1)
+        finally:
+            child.send_signal(signal.SIGKILL)
     if child.returncode != -signal.SIGKILL:
         raise NoErrorError(f"the process that saves ended by itself with status {child.returncode}")
     module = soak.load(path, pick)

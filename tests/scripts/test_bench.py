@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -23,10 +24,10 @@ from pathlib import Path
 import bench, bench_models
 from bench_common import Settings
 settings = Settings(Path(sys.argv[1]), inductor=("reduce-overhead",), random_calls=20, thread_calls=3, threads=2)
-made = bench_models.convert_all(["twelve_plugins"], settings, 1, 300)
+made = bench_models.convert_all(["twelve_plugins", "one_linear"], settings, 1, 300)
 rows = []
 for part in bench.PARTS:
-    for unit in bench.units(part, ["one_linear"] if part.name == "life" else ["twelve_plugins"], [2]):
+    for unit in bench.units(part, ["twelve_plugins" if part.name == "floor" else "one_linear"], [2]):
         kept = []
         function = getattr(bench.importlib.import_module(part.module), part.name)
         found = function(unit, settings, kept.append)
@@ -89,32 +90,62 @@ def test_every_part(tmp_path: Path) -> None:
     assert not [problem for problem in record["problems"] if "cosine" in problem or "failed" in problem]
 
 
-def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    def run(*arguments: str) -> tuple[str, dict[str, Any]]:
-        command = [sys.executable, str(SCRIPT), "--json", str(tmp_path / "r.json"), "--work", str(tmp_path / "work"),
-                   "--models", "one_linear", *arguments]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=500)
-        assert done.returncode in (0, 1), done.stderr  # times of a busy CPU may be out of bounds
-        return done.stdout, json.loads((tmp_path / "r.json").read_text())
+def test_from_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--json", str(tmp_path / "r.json"), "--work", str(tmp_path / "work"),
+               "--models", "one_linear", "--parts", "host,gpus"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=500)
+    assert done.returncode in (0, 1), done.stderr  # times of a busy CPU may be out of bounds
+    assert "one_linear: converted" in done.stdout
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["way"] for row in rows[:4]] == ["plain", "graph", "reused", "bound"]
+    assert rows[4]["skipped"]
 
-    said, record = run("--parts", "host")
-    assert "one_linear: converted" in said
-    assert "host, one_linear: measured" in said
-    assert [row["way"] for row in record["rows"]] == ["plain", "graph", "reused", "bound"]
-    said, again = run("--parts", "host,gpus")
-    assert "host, one_linear: measured" not in said, "what was measured is not measured again"
-    assert again["rows"][:4] == record["rows"]
-    assert again["rows"][4]["skipped"]
-    assert len(again["runs"]) == 2
-    # What failed stays, and is tried again on request alone; so does the conversion.
-    (tmp_path / "work" / "one_linear_float32.json").write_text(json.dumps({"error": "BuildError: no"}))
-    broken = {"part": "host", "unit": "one_linear", "run": 0, "way": "", "failed": "killed"}
-    (tmp_path / "r.json").write_text(json.dumps({"runs": record["runs"], "rows": [broken]}))
-    said, same = run("--parts", "host")
-    assert "not as it should be: host, one_linear: killed" in said
-    assert same["rows"] == [broken]
-    _, mended = run("--parts", "host", "--again")
-    assert [row["way"] for row in mended["rows"]] == ["plain", "graph", "reused", "bound"]
+
+def test_a_run_goes_on_where_it_was(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = importlib.import_module("bench_models")
+    measured: list[tuple[str, str]] = []
+    settings = bench.Settings(tmp_path, dtype="float32")
+    place = tmp_path / "gpt2_float32.json"
+
+    def run_child(command: list[str], limit_s: float, threads: int = 0) -> str:
+        """Converts all but gpt2."""
+        name = command[2]
+        bench.write(tmp_path / f"{name}_float32.json", {"error": "BuildError: no" if name == "gpt2" else ""})
+        return ""
+
+    def run_unit(part: str, unit: str, *rest: Any) -> list[dict[str, Any]]:
+        measured.append((part, unit))
+        if unit == "unet":
+            raise KeyboardInterrupt
+        return [{"way": "plain", "us": 1.0, "us_short": 1.0}]
+
+    monkeypatch.setattr(models, "run_child", run_child)
+    monkeypatch.setattr(bench, "run_unit", run_unit)
+    options = argparse.Namespace(
+        parts=["host"], models=["one_linear", "gpt2", "unet"], batches=[1], json=tmp_path / "r.json", workers=1,
+        convert_timeout=1.0, limit=1.0, again=False,
+    )  # fmt: skip
+
+    def rows() -> dict[str, dict[str, Any]]:
+        return {row["unit"]: row for row in json.loads(options.json.read_text())["rows"]}
+
+    with pytest.raises(KeyboardInterrupt):  # cases come in the zoo's order: unet, gpt2, one_linear
+        bench.bench(options, settings)
+    monkeypatch.setattr(
+        bench, "run_unit", lambda part, unit, *rest: measured.append((part, unit)) or [{"way": "x", "us_short": 1.0}]
+    )
+    assert measured == [("host", "unet")]
+    assert bench.bench(options, settings) == 1
+    assert measured[1:] == [("host", "unet"), ("host", "one_linear")]
+    assert rows()["gpt2"]["failed"] == "did not convert: BuildError: no"
+    assert rows()["unet"]["run"] == 0, "a run that wrote nothing left nothing"
+    assert bench.bench(options, settings) == 1
+    assert len(measured) == 3, "neither what was measured nor what failed is tried again"
+    monkeypatch.setattr(models, "run_child", lambda command, *rest: bench.write(place, {"error": ""}) or "")
+    options.again = True
+    assert bench.bench(options, settings) == 0
+    assert measured[3:] == [("host", "gpt2")]
+    assert rows()["gpt2"]["run"] == 1
 
 
 def test_a_unit_that_dies_leaves_what_it_had(

@@ -102,5 +102,5 @@ def test_a_wrong_result_is_noticed(soak: Any) -> None:
     ):
         with pytest.raises(soak_actions.WrongError):
             soak.compare(wrong, given, ("a", "b"))
-    with pytest.raises(soak_actions.WrongError, match="batch 4: off by .* from weights b"):
+    with pytest.raises(soak_actions.WrongError, match=r"batch 4: off by .* from weights b"):
         soak.compare(right, given, ("b",))
