@@ -1,7 +1,7 @@
 """What a call costs and how long an engine's life is: the measurements of docs/bench.md.
 
     python scripts/bench.py --json FILE --work DIR [--parts floor,host,...] [--models NAME ...]    measures
-    python scripts/bench.py --render FILE                       docs/bench.md and docs/bench.png of a record
+    python scripts/bench.py --render FILE ...                   docs/bench.md and docs/bench.png of records
     python scripts/bench.py --list                              parts and their units
 
 Models are converted first, several at once, each in a process of its own. Then each unit (a part with one model) is
@@ -177,6 +177,18 @@ def bench(options: argparse.Namespace, settings: Settings) -> int:
     return int(bool(problems))
 
 
+def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several; where two have a unit, the later one counts."""
+    merged: dict[str, Any] = {"runs": [], "rows": []}
+    for record in records:
+        first = len(merged["runs"])
+        merged["runs"] += record["runs"]
+        known = {(row["part"], row["unit"]) for row in record["rows"]}
+        merged["rows"] = [row for row in merged["rows"] if (row["part"], row["unit"]) not in known]
+        merged["rows"] += [{**row, "run": first + row["run"]} for row in record["rows"]]
+    return merged
+
+
 def wrong(record: dict[str, Any]) -> list[str]:
     """All that is out of bounds or failed."""
     found = []
@@ -204,7 +216,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=60 * MINUTES_A_UNIT, metavar="S", help="for one unit")
     parser.add_argument("--again", action="store_true", help="try what failed or was left out once more")
     parser.add_argument("--list", action="store_true", help="tell what there is to measure")
-    parser.add_argument("--render", type=Path, metavar="JSON")
+    parser.add_argument("--render", type=Path, nargs="+", metavar="JSON", help="of several records the last word wins")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench.md", help="the page; its picture beside it")
     parser.add_argument("--unit", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -214,9 +226,10 @@ def main() -> int:
     if options.render:
         import bench_render
 
-        record = read(options.render)
-        if record is None:
-            parser.error(f"{options.render} is no record")
+        records = [read(path) for path in options.render]
+        if None in records:
+            parser.error(f"{options.render[records.index(None)]} is no record")
+        record = merge(records)
         problems = wrong(record)
         bench_render.write_page(record, problems, options.out)
         return int(bool(problems))

@@ -232,6 +232,14 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_later_record_counts(bench: ModuleType) -> None:
+    rows = [floor_row("floor", 1.0), floor_row("bound", 1.01), beside_row("gpt2 1", "graph", 1.0, 1.0)]
+    merged = bench.merge([record_of(rows), record_of([beside_row("gpt2 1", "eager", 2.0, 1.0)])])
+    assert len(merged["runs"]) == 2
+    found = [(row["part"], row["way"], row["run"]) for row in merged["rows"]]
+    assert found == [("floor", "floor", 0), ("floor", "bound", 0), ("beside", "eager", 1)]
+
+
 def test_units_and_models(bench: ModuleType) -> None:
     models = importlib.import_module("bench_models")
     assert len(models.BESIDE) >= 15
