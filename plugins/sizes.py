@@ -65,8 +65,9 @@ _ATTEMPTS = 5
 def parse(expression: str) -> ast.expr:
     """The syntax tree of an expression, whatever other threads do.
 
-    CPython counts the depth of trees that are being made in one place for all threads: up to 3.12, two that parse at once
-    may get ``SystemError: AST constructor recursion depth mismatch``, so ours take turns. Others may parse, too.
+    CPython counts the depth of trees that are being made in one place for all threads: with 3.11 two that parse at
+    once were seen to get ``SystemError: AST constructor recursion depth mismatch``. So ours take turns; others may
+    parse, too.
 
     Raises:
         SyntaxError: it is no expression.

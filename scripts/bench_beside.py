@@ -53,7 +53,7 @@ def beside(unit: str, settings: Settings, keep: Keep) -> list[Row]:
         except Exception as error:  # a way that fails is a finding
             row["error"] = f"{type(error).__name__}: {error}"[:400]
             calls.pop(way, None)
-        keep(list(rows.values()))
+        keep(_with_ratios(rows))
 
     for way in _OURS:
         add(way, lambda way=way: _ours(model, settings, given, way, rows[way]))
@@ -62,11 +62,18 @@ def beside(unit: str, settings: Settings, keep: Keep) -> list[Row]:
     if calls:
         for way, timed in in_turns(calls, settings).items():
             rows[way] |= timed.to_json()
-    if BASE in calls:
+    found = _with_ratios(rows)
+    keep(found)
+    return found
+
+
+def _with_ratios(rows: dict[str, Row]) -> list[Row]:
+    """The rows, with each time as a multiple of ours: also of a unit that is killed later."""
+    base = rows.get(BASE, {}).get("ms")
+    if base:
         for row in rows.values():
             if "ms" in row:
-                row["ratio"] = round(row["ms"] / rows[BASE]["ms"], 4)
-    keep(list(rows.values()))
+                row["ratio"] = round(row["ms"] / base, 4)
     return list(rows.values())
 
 
@@ -93,7 +100,6 @@ def _others(
 
 
 def _inductor(module: torch.nn.Module, given: Example, mode: str) -> tuple[Call, Any]:
-    torch.compiler.reset()
     how: dict[str, Any] = {"backend": "eager"} if DRY_RUN else {"mode": mode}
     compiled = torch.compile(module, dynamic=False, **how)
 
