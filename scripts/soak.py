@@ -75,6 +75,7 @@ def run(minutes: float, threads: int, seed: int, work: Path) -> dict[str, Any]:
     started = time.monotonic()
     deadline = started + 60 * minutes
     before: dict[str, int] = {}
+    samples: list[dict[str, int]] = []
     crowd = [threading.Thread(target=worker, args=(soak, number, deadline)) for number in range(threads)]
     for thread in crowd:
         thread.start()
@@ -86,7 +87,9 @@ def run(minutes: float, threads: int, seed: int, work: Path) -> dict[str, Any]:
             before = memory()
         if now - said > 30:
             said = now
-            print(f"soak: {now - started:.0f} s, {soak.calls} calls, {len(soak.wrong)} wrong", flush=True)
+            samples.append({"seconds": round(now - started), **memory()})
+            rss = samples[-1]["RSS"] >> 20
+            print(f"soak: {now - started:.0f} s, {soak.calls} calls, {len(soak.wrong)} wrong, {rss} MiB", flush=True)
     seconds = time.monotonic() - started
     leftovers = soak_failures.litter(soak)
     after = memory()
@@ -96,7 +99,7 @@ def run(minutes: float, threads: int, seed: int, work: Path) -> dict[str, Any]:
     return {
         "backend": soak.backend, "seconds": round(seconds, 1), "threads": threads, "calls": soak.calls,
         "endings": tally, "wrong": soak.wrong, "unexpected": soak.unexpected, "litter": leftovers,
-        "memory_before": before, "memory_after": after, "notes": soak.notes,
+        "memory_before": before, "memory_after": after, "memory": samples, "notes": soak.notes,
     }  # fmt: skip
 
 
