@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 
 from ..errors import DynamicShapeError
+from ..plugins.sizes import parse
 from .arguments import Arguments
 from .dims import Range, evaluate_size
 
@@ -50,7 +51,7 @@ def guards_always_hold(message: str, arguments: Arguments) -> bool:
 
 
 def _holds(guard: str, ranges: Mapping[str, Range]) -> bool:
-    tree = ast.parse(guard.strip(), mode="eval").body
+    tree = parse(guard.strip())
     names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & ranges.keys())
     spans = [range(ranges[name][0], ranges[name][2] + 1) for name in names]
     if math.prod(len(span) for span in spans) > _MOST_CASES:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from ..errors import PluginError
+from .sizes import parse
 
 HOST_ATTRIBUTE = "host"
 """Node attribute with the JSON text of a `HostSpec`."""
@@ -192,7 +193,7 @@ def build_size(size: Size, names: Mapping[str, _Value], builder: Builder[_Value]
     if isinstance(size, int):
         return builder.constant(size)
     try:
-        return value(ast.parse(size, mode="eval").body)
+        return value(parse(size))
     except SyntaxError as error:
         raise PluginError(f"{size!r} is not a size expression.") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,6 +58,29 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+_PARSING = threading.Lock()
+_ATTEMPTS = 5
+
+
+def parse(expression: str) -> ast.expr:
+    """The syntax tree of an expression, whatever other threads do.
+
+    CPython counts the depth of trees that are being made in one place for all threads: with 3.11 two that parse at
+    once were seen to get ``SystemError: AST constructor recursion depth mismatch``. So ours take turns; others may
+    parse, too.
+
+    Raises:
+        SyntaxError: it is no expression.
+    """
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            with _PARSING:
+                return ast.parse(expression, mode="eval").body
+        except SystemError:
+            continue
+    return ast.parse(expression, mode="eval").body
+
+
 def evaluate(expression: str, sizes: Mapping[str, Any]) -> Any:
     """The value of a size expression ("2*seq + 1", "(batch//2)", "Max(1, seq)") for given sizes of its names.
 
@@ -84,7 +108,7 @@ def evaluate(expression: str, sizes: Mapping[str, Any]) -> Any:
         raise DynamicShapeError(f"{expression!r} is not a shape expression that trtbridge can evaluate.")
 
     try:
-        return value(ast.parse(expression, mode="eval").body)
+        return value(parse(expression))
     except SyntaxError as error:
         raise DynamicShapeError(f"{expression!r} is not a shape expression.") from error
 
@@ -92,7 +116,7 @@ def evaluate(expression: str, sizes: Mapping[str, Any]) -> Any:
 def names_in(expression: str) -> frozenset[str]:
     """The names that stand in a size expression; empty for a text that is none."""
     try:
-        tree = ast.parse(expression, mode="eval")
+        tree = parse(expression)
     except SyntaxError:
         return frozenset()
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}

@@ -4,9 +4,10 @@
     python scripts/gpu_check.py --json a.json --no-render -- -k runtime     a part; its record goes to a.json
     python scripts/gpu_check.py --render a.json b.json                 one report of several parts; the last word wins
 
-Three phases: tests/gpu/test_runtime.py, spread over processes; conversion of the models, several at once, each in a
-process of its own; then measuring them, one after the other, so that nothing disturbs the clock. What follows ``--``
-goes to pytest, in both phases that run it. With TRTBRIDGE_GPU_TESTS_ON_CPU=1 everything runs as a dry run on a CPU.
+By parts (--parts): files of tests, most of them spread over processes ("rest" is what no other part names); last, the
+models are converted, several at once, each in a process of its own, and measured one after the other, so that nothing
+disturbs the clock. What follows ``--`` goes to pytest in every part. With TRTBRIDGE_GPU_TESTS_ON_CPU=1 everything runs
+as a dry run on a CPU.
 
 The package must be importable as trtbridge; nothing else is needed. Exit status: 0 when nothing failed.
 """
@@ -33,6 +34,29 @@ DRY_RUN = os.environ.get("TRTBRIDGE_GPU_TESTS_ON_CPU") == "1"
 
 Record = dict[str, Any]
 
+PARTS: dict[str, tuple[str, ...]] = {
+    "runtime": ("test_runtime.py",),
+    "calls": ("test_calls.py",),
+    "plugins": ("test_rtx_faults.py", "test_fallbacks.py", "test_shipped_ops.py", "test_plugin_models.py"),
+    "authoring": ("test_authoring.py",),
+    "host": ("test_plugin_host.py",),
+    "precision": ("test_precision.py",),
+    "accuracy": ("test_compare.py", "test_localize.py", "test_attention.py"),
+    "rest": (),
+    "models": ("test_models.py",),
+}
+"""Files of tests/gpu by part, in the order in which they run. What no part names belongs to "rest"."""
+ALONE = ("calls", "authoring")
+"""Parts that take times, or measure memory, and run in one process."""
+
+
+def files_of(part: str) -> list[str]:
+    """The files of a part, as they are there."""
+    named = {name for names in PARTS.values() for name in names}
+    if part == "rest":
+        return sorted(path.name for path in TESTS.glob("test_*.py") if path.name not in named)
+    return list(PARTS[part])
+
 
 def main() -> int:
     """Run or render, as the command line says."""
@@ -48,7 +72,7 @@ def main() -> int:
     parser.add_argument("--no-render", action="store_true", help="write no report, only --json")
     parser.add_argument(
         "--parts",
-        default="runtime,plugins,host,precision,models",
+        default=",".join(PARTS),
         help="of %(default)s, separated by commas (default: all)",
     )
     parser.add_argument("--models", default="", help="names, or parts of names, of models, separated by commas")
@@ -75,6 +99,8 @@ def main() -> int:
 def run(options: argparse.Namespace, scratch: Path) -> Record:
     """All phases; the record of each is on disk before the next begins."""
     parts = options.parts.split(",")
+    if unknown := set(parts) - PARTS.keys():
+        raise SystemExit(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     records = []
     # Children find trtbridge where this process would, and keep compiled kernels in a folder that all of them share.
     environment = dict(os.environ, TRTBRIDGE_CACHE_DIR=os.environ.get("TRTBRIDGE_CACHE_DIR", str(scratch / "cache")))
@@ -85,29 +111,17 @@ def run(options: argparse.Namespace, scratch: Path) -> Record:
             options.json.write_text(json.dumps(merge(records), indent=1))
 
     spread = ["-n", str(options.workers)] if importlib.util.find_spec("xdist") and options.workers > 1 else []
-    if "runtime" in parts:
-        path = scratch / "runtime.json"
-        records.append(run_pytest(["test_runtime.py"], [*spread, *options.pytest_options], environment, path))
-        keep()
-    if "plugins" in parts:
-        path = scratch / "plugins.json"
-        files = ["test_rtx_faults.py", "test_fallbacks.py", "test_shipped_ops.py", "test_plugin_models.py"]
-        records.append(run_pytest(files, [*spread, *options.pytest_options], environment, path))
-        keep()
-        path = scratch / "authoring.json"  # alone, for it takes times
-        records.append(run_pytest(["test_authoring.py"], options.pytest_options, environment, path))
-        keep()
-    if "host" in parts:
-        path = scratch / "host.json"
+    for part in (part for part in PARTS if part in parts and part != "models"):
+        own = environment
         newest = os.environ.get("GPU_SITE_PLUGINS")  # where the newest parser stands beside an older runtime
-        site = os.pathsep.join(filter(None, [newest, environment.get("PYTHONPATH")]))
-        hosting = dict(environment, PYTHONPATH=site) if newest else environment
-        records.append(run_pytest(["test_plugin_host.py"], [*spread, *options.pytest_options], hosting, path))
-        keep()
-    if "precision" in parts:
-        path = scratch / "precision.json"
-        records.append(run_pytest(["test_precision.py"], [*spread, *options.pytest_options], environment, path))
-        keep()
+        if part == "host" and newest:
+            site = os.pathsep.join(filter(None, [newest, environment.get("PYTHONPATH")]))
+            own = dict(environment, PYTHONPATH=site)
+        workers = [] if part in ALONE else spread
+        if files := files_of(part):
+            path = scratch / f"{part}.json"
+            records.append(run_pytest(files, [*workers, *options.pytest_options], own, path))
+            keep()
     if "models" in parts:
         folder = options.prebuilt or scratch / "prebuilt"
         wanted = [name for name in options.models.split(",") if name]
@@ -119,7 +133,7 @@ def run(options: argparse.Namespace, scratch: Path) -> Record:
             else []
         )
         path = scratch / "models.json"
-        records.append(run_pytest(["test_models.py"], [*chosen, *options.pytest_options], environment, path))
+        records.append(run_pytest(files_of("models"), [*chosen, *options.pytest_options], environment, path))
         keep()
     return merge(records)
 
@@ -273,6 +287,8 @@ _TITLES = {
     "authoring": "Authoring",
     "jit cache": "Compiled kernels kept between processes",
     "overhead": "What a call costs the CPU",
+    "host time": "Host time of a call, in each way",
+    "random shapes": "Memory over calls with random shapes",
     "precision": "Precision: float32 models converted to others, beside PyTorch in float32",
     "digits": "Precision: a classifier of digits",
     "auto": 'Precision: the error that precision="auto" emulated, and that of the engine',
@@ -325,7 +341,8 @@ def render(record: Record) -> str:
     lines += [f"**{summary}.**", ""]
     rows = [row for test in tests.values() for row in test.get("rows", ())]
     backends = {row["backend"] for row in rows}
-    for table, title in _TITLES.items():
+    others = dict.fromkeys(row["table"] for row in rows if row["table"] not in ("seconds", *_TITLES))
+    for table, title in {**_TITLES, **{name: name.replace("_", " ").capitalize() for name in others}}.items():
         found = [dict(row) for row in rows if row["table"] == table]
         if not found:
             continue

@@ -1,0 +1,142 @@
+"""Part of scripts/bench.py: a program beside eager PyTorch, eager in a CUDA graph, torch.compile and Torch-TensorRT.
+
+torch.compile runs in its modes "reduce-overhead" and "max-autotune": both of them use CUDA graphs, and the second tunes
+kernels besides, for a minute or more a model ("max-autotune-no-cudagraphs" has none and is not measured). Whatever
+compiles comes last, and what was measured before it is written down first: a unit that is killed for time keeps that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import bench_models as models
+import torch
+from bench_common import DRY_RUN, Call, Example, Keep, Row, Settings, capture, in_turns, ours, program_file
+from helpers import compare, leaves
+
+BATCHES = (1, models.MOST_BATCH)
+BASE = "graph"
+"""Our way that the others are multiples of: cuda_graphs=True with fresh results."""
+LEAST_COSINE = 0.99
+_OURS = ("plain", "graph", "bound")
+
+
+def units(names: Sequence[str], batches: Sequence[int]) -> list[str]:
+    """Models at one batch size, then at the next."""
+    return [f"{name} {batch}" for batch in batches for name in names]
+
+
+def beside(unit: str, settings: Settings, keep: Keep) -> list[Row]:
+    """One model at one batch size in every way that there is here."""
+    model, batch = unit.rsplit(" ", 1)
+    given = models.example(model, settings, int(batch))
+    module = models.eager(model, settings)
+    torch.backends.cudnn.benchmark = True  # eager's best
+    torch.set_grad_enabled(False)
+    expected = [tensor.clone() for tensor in leaves(module(*given.args, **given.kwargs))]
+    rows: dict[str, Row] = {}
+    calls: dict[str, Call] = {}
+
+    def add(way: str, make: Callable[[], tuple[Call, Any]]) -> None:
+        row: Row = {"way": way, "error": ""}
+        rows[way] = row
+        started = time.perf_counter()
+        try:
+            call, results = make()
+            row |= {"first_s": round(time.perf_counter() - started, 2), **compare(leaves(results), expected)}
+            calls[way] = call
+            timed = in_turns({BASE: calls[BASE], way: call} if BASE in calls else {way: call}, settings)
+            row |= timed[way].to_json()
+        except Exception as error:  # a way that fails is a finding
+            row["error"] = f"{type(error).__name__}: {error}"[:400]
+            calls.pop(way, None)
+        keep(_with_ratios(rows))
+
+    for way in _OURS:
+        add(way, lambda way=way: _ours(model, settings, given, way, rows[way]))
+    for way, make in _others(module, given, settings):
+        add(way, make)
+    if calls:
+        for way, timed in in_turns(calls, settings).items():
+            rows[way] |= timed.to_json()
+    found = _with_ratios(rows)
+    keep(found)
+    return found
+
+
+def _with_ratios(rows: dict[str, Row]) -> list[Row]:
+    """The rows, with each time as a multiple of ours: also of a unit that is killed later."""
+    base = rows.get(BASE, {}).get("ms")
+    if base:
+        for row in rows.values():
+            if "ms" in row:
+                row["ratio"] = round(row["ms"] / base, 4)
+    return list(rows.values())
+
+
+def _ours(model: str, settings: Settings, given: Example, way: str, row: Row) -> tuple[Call, Any]:
+    one = ours(program_file(settings, model), given, (way,))[way]
+    row["refusal"] = one.refusal
+    return one.call, one.call()
+
+
+def _others(
+    module: torch.nn.Module, given: Example, settings: Settings
+) -> Iterator[tuple[str, Callable[[], tuple[Call, Any]]]]:
+    """Each way of others, quickest to make first."""
+
+    def call() -> Any:
+        return module(*given.args, **given.kwargs)
+
+    yield "eager", lambda: (call, call())
+    yield "eager graph", lambda: capture(call)
+    if importlib.util.find_spec("torch_tensorrt"):
+        yield "torch_tensorrt", lambda: _torch_tensorrt(module, given)
+    for mode in settings.inductor:
+        yield f"inductor {mode}", lambda mode=mode: _inductor(module, given, mode)
+
+
+def _inductor(module: torch.nn.Module, given: Example, mode: str) -> tuple[Call, Any]:
+    how: dict[str, Any] = {"backend": "eager"} if DRY_RUN else {"mode": mode}
+    compiled = torch.compile(module, dynamic=False, **how)
+
+    def call() -> Any:
+        return compiled(*given.args, **given.kwargs)
+
+    for _ in range(3):  # compiles, warms up, records its CUDA graph
+        call()
+    return call, [tensor.clone() for tensor in leaves(call())]
+
+
+def _torch_tensorrt(module: torch.nn.Module, given: Example) -> tuple[Call, Any]:
+    """Its ahead-of-time way, with its own CUDA graphs."""
+    import torch_tensorrt
+
+    exported = torch.export.export(module, given.args, given.kwargs, strict=False)
+    made = torch_tensorrt.dynamo.compile(
+        exported, arg_inputs=given.args, kwarg_inputs=given.kwargs, use_explicit_typing=True, min_block_size=1,
+        truncate_double=True,
+    )  # fmt: skip
+    manager = torch_tensorrt.runtime.enable_cudagraphs(made)
+    fast = manager.__enter__()  # for the rest of this process
+
+    def call() -> Any:
+        return fast(*given.args, **given.kwargs)
+
+    for _ in range(3):
+        call()
+    return call, [tensor.clone() for tensor in leaves(call())]
+
+
+def wrong(rows: Sequence[Row]) -> list[str]:
+    """Ours that failed or differs from eager. That something else is faster is no fault, and stands in the table."""
+    found = []
+    for row in rows:
+        if row["way"] in _OURS and row.get("error"):
+            found.append(f"beside, {row['unit']}, {row['way']}: {row['error']}")
+        if row["way"] in _OURS and row.get("cosine", 1.0) < LEAST_COSINE:
+            found.append(f"beside, {row['unit']}, {row['way']}: cosine to eager {row['cosine']:.6f}")
+    return found

@@ -1,0 +1,213 @@
+"""Parts of scripts/bench.py: many shapes, and many threads."""
+
+from __future__ import annotations
+
+import copy
+import random
+import resource
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import bench_models as models
+import torch
+from bench_common import DRY_RUN, Example, Keep, Row, Settings, program_file, synchronize
+from helpers import compare, leaves
+
+import trtbridge as tb
+
+SHAPE_MODELS = ("resnet50", "all_minilm_l6_v2")
+THREAD_MODELS = ("resnet50", "twelve_plugins")
+_SHAPES = 8
+_SAMPLES = 20
+FLAT_BYTES = 1 << 20
+"""Most that allocated device memory may grow by after the first fifth of the calls."""
+LEAST_THROUGHPUT = 0.97
+"""Of one thread's, that several threads must reach: two measurements of one thing differ by that."""
+LEAST_COSINE = 0.99
+
+
+def shapes(model: str, settings: Settings, keep: Keep) -> list[Row]:
+    """Eight shapes in turn, then calls with random shapes in range."""
+    rows = [_turns(model, settings)]
+    keep(rows)
+    rows.append(_random(model, settings))
+    keep(rows)
+    return rows
+
+
+def _turns(model: str, settings: Settings) -> Row:
+    """Captures after each round of eight batch sizes: a shape's first call is a plain one, its second is captured."""
+    module = tb.load(program_file(settings, model), models.here(), cuda_graphs=True)
+    sizes = [1 + index * (models.MOST_BATCH - 1) // (_SHAPES - 1) for index in range(_SHAPES)]
+    given = [models.example(model, settings, size) for size in sizes]
+    captures, seconds = [], []
+    for _ in range(settings.rounds):
+        synchronize()
+        started = time.perf_counter()
+        for one in given:
+            module(*one.args, **one.kwargs)
+        synchronize()
+        seconds.append(round(time.perf_counter() - started, 5))
+        captures.append(module.stats().graph_captures or 0)
+    return {"way": "in turn", "shapes": len(sizes), "captures": captures, "seconds": seconds}
+
+
+def _random(model: str, settings: Settings) -> Row:
+    """Memory over calls with random shapes: batch sizes of the whole range, and lengths where the model has them."""
+    module = tb.load(program_file(settings, model), models.here(), cuda_graphs=True)
+    full = models.example(model, settings, models.MOST_BATCH)
+    dims = module.program.signature.dims
+    pick = random.Random(0)
+    every = max(1, settings.random_calls // _SAMPLES)
+    samples: list[dict[str, float]] = []
+    if not DRY_RUN:
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    for number in range(settings.random_calls):
+        batch = pick.randint(1, models.MOST_BATCH)
+        length = pick.randint(dims["length"][0], dims["length"][2]) if "length" in dims else 0
+        module(
+            *(_cut(v, batch, length) for v in full.args), **{k: _cut(v, batch, length) for k, v in full.kwargs.items()}
+        )
+        if (number + 1) % every == 0:
+            synchronize()
+            samples.append(_memory())
+    synchronize()
+    counted = module.stats()
+    row: Row = {
+        "way": "random",
+        "calls": settings.random_calls,
+        "seconds": round(time.perf_counter() - started, 2),
+        "samples": samples,
+        "grown_bytes": samples[-1]["allocated"] - samples[len(samples) // 5]["allocated"],
+        "captures": counted.graph_captures or 0,
+        "graphs": counted.captured_graphs or 0,
+        "replays": counted.graph_replays or 0,
+    }
+    if not DRY_RUN:
+        row["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return row
+
+
+def _cut(value: Any, batch: int, length: int) -> Any:
+    """A part of a full argument, contiguous; another length by repetition where it is longer than the example."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value[:batch]
+    if length and value.ndim == 2 and not value.is_floating_point():
+        value = torch.cat([value] * -(-length // value.shape[1]), 1)[:, :length]
+    return value.contiguous()
+
+
+def _memory() -> dict[str, float]:
+    """Bytes in use now: by torch's tensors, on the whole device, and the most that this process ever had."""
+    found: dict[str, float] = {"allocated": 0, "device": 0, "rss": 0}
+    if not DRY_RUN:
+        free, total = torch.cuda.mem_get_info()
+        found |= {"allocated": torch.cuda.memory_allocated(), "device": total - free}
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found["rss"] = pages * resource.getpagesize()
+    except OSError:  # not Linux
+        found["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found
+
+
+def threads(model: str, settings: Settings, keep: Keep) -> list[Row]:
+    """Several threads on one module and on one each, beside one thread: calls a second, and every result compared."""
+    eager = models.eager(model, settings)
+    given = [models.example(model, settings, 1, seed) for seed in range(settings.threads)]
+    with torch.no_grad():
+        expected = [[t.clone() for t in leaves(eager(*one.args, **one.kwargs))] for one in given]
+    rows: list[Row] = []
+    for mode in (False, True):
+        module = tb.load(program_file(settings, model), models.here(), cuda_graphs=mode)
+        several = [module, *(copy.deepcopy(module) for _ in range(settings.threads - 1))]
+        alone = 0.0
+        for way, crowd in (
+            ("one thread", [module]),
+            ("one module", [module] * settings.threads),
+            ("own modules", several),
+        ):
+            rate, cosine = _crowd(crowd, given, expected, settings)
+            alone = alone or rate
+            rows.append({"way": way, "cuda_graphs": mode, "threads": len(crowd), "calls_per_s": round(rate, 1),
+                         "ratio": round(rate / alone, 4), "cosine": cosine})  # fmt: skip
+            keep(rows)
+    return rows
+
+
+def _crowd(
+    crowd: Sequence[Any], given: Sequence[Example], expected: Sequence[list[torch.Tensor]], settings: Settings
+) -> tuple[float, float]:
+    """Calls a second of threads together, the same number of calls in all; and the least cosine of a checked round."""
+    calls = settings.thread_calls * settings.threads // len(crowd)
+
+    def stream() -> Any:
+        return nullcontext() if DRY_RUN else torch.cuda.stream(torch.cuda.Stream())
+
+    def repeat(index: int, ready: threading.Barrier) -> None:
+        with stream():
+            for _ in range(5):
+                crowd[index](*given[index].args, **given[index].kwargs)
+            _wait()
+            ready.wait()
+            for _ in range(calls):
+                crowd[index](*given[index].args, **given[index].kwargs)
+            _wait()
+
+    def check(index: int) -> float:
+        least = 1.0
+        with stream():
+            for turn in range(10):
+                which = (index + turn) % len(given)
+                result = leaves(crowd[index](*given[which].args, **given[which].kwargs))
+                _wait()
+                least = min(least, compare(result, expected[which])["cosine"])
+        return least
+
+    found = []
+    with ThreadPoolExecutor(len(crowd)) as pool:
+        for _ in range(max(3, settings.repeats // 3)):
+            ready = threading.Barrier(len(crowd) + 1)
+            waiting = [pool.submit(repeat, index, ready) for index in range(len(crowd))]
+            ready.wait()
+            started = time.perf_counter()
+            for each in waiting:
+                each.result()
+            found.append(len(crowd) * calls / (time.perf_counter() - started))
+        cosine = min(pool.map(check, range(len(crowd))))
+    return sorted(found)[len(found) // 2], cosine
+
+
+def _wait() -> None:
+    if not DRY_RUN:
+        torch.cuda.current_stream().synchronize()
+
+
+def shapes_wrong(rows: Sequence[Row]) -> list[str]:
+    """Captures after each shape's second call, and memory that grows."""
+    wrong = []
+    for row in rows:
+        if row["way"] == "in turn" and len(set(row["captures"][1:])) > 1:
+            wrong.append(f"shapes, {row['unit']}: captured again after the first rounds: {row['captures']}")
+        if row["way"] == "random" and row["grown_bytes"] > FLAT_BYTES:
+            wrong.append(f"shapes, {row['unit']}: memory grew by {row['grown_bytes'] / 2**20:.1f} MiB")
+    return wrong
+
+
+def threads_wrong(rows: Sequence[Row]) -> list[str]:
+    """Wrong results, and threads that are slower together than one of them."""
+    wrong = []
+    for row in rows:
+        name = f"threads, {row['unit']}, {row['way']}, cuda_graphs={row['cuda_graphs']}"
+        if row["cosine"] < LEAST_COSINE:
+            wrong.append(f"{name}: cosine to eager {row['cosine']:.6f}")
+        if row["ratio"] < LEAST_THROUGHPUT:
+            wrong.append(f"{name}: {row['ratio']:.3f} of one thread's throughput")
+    return wrong

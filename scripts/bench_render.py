@@ -1,0 +1,310 @@
+"""docs/bench.md and its picture, from a record of scripts/bench.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Record = Mapping[str, Any]
+
+_TITLES = {
+    "floor": "A call beside the floor",
+    "host": "What a call costs the host",
+    "beside": "Beside PyTorch",
+    "shapes": "Many shapes",
+    "threads": "Many threads",
+    "life": "Convert, cache, file, refit",
+    "gpus": "Two GPUs",
+}
+_WORDS = {
+    "floor": (
+        "The floor is the same engine in a bare loop: fixed buffers, one CUDA graph, nothing else (of a program with "
+        "plugins between engines: a capture of all its steps). Batch 1. *plain*: a call as by default; *graph*: "
+        "`cuda_graphs=True`; *reused*: with `reuse_outputs=True`; *bound*: `module.bind(x)`. Milliseconds, with the "
+        "multiple of the floor; the fastest way is to stay within 1.02."
+    ),
+    "host": (
+        "Microseconds of wall clock that a call takes the caller, over calls in a row without waiting for the device; "
+        "*short*: over 50 calls, so that the device's queue, which holds the host when it is full, cannot fill. The "
+        "bound is 20 µs for one input and one result: `one_linear`, short, with a CUDA graph."
+    ),
+    "beside": (
+        "Milliseconds. *ours* is `cuda_graphs=True` with fresh results, *bound* `module.bind(x)`. *eager graph* is a "
+        "replay of eager PyTorch in a CUDA graph, to be held against *bound*: neither copies anything. *inductor* is "
+        "`torch.compile`, in the faster of its modes that were measured, all of which use CUDA graphs (A: "
+        "`max-autotune`, R: `reduce-overhead`). eager / ours and inductor / ours above 1: ours is faster; **below 1 "
+        "the engine is slower**, in bold. Weights are random; cosine is that to eager in the same dtype."
+    ),
+    "shapes": (
+        "With `cuda_graphs=True`. *In turn*: eight batch sizes one after the other, round after round; the first call "
+        "of a shape is a plain one, its second is captured, so captures end with the second round. *Random*: batch "
+        "sizes (and lengths) at random over the whole range; *grown* is what allocated device memory grew by after the "
+        "first fifth of the calls."
+    ),
+    "threads": (
+        "Calls a second, all threads together, each on a stream of its own, batch 1; the number of calls is the same. "
+        "Cosine is the least of a round in which every result is compared with eager."
+    ),
+    "life": (
+        "Seconds until there is a module, and of its first call; size of the engines. Each alone on the machine. "
+        "A refit is to take a tenth of a convert at most."
+    ),
+    "gpus": "`torchrun` with one process a GPU; two are to give 1.9 times the throughput of one.",
+}
+_WAYS = ("plain", "graph", "reused", "bound")
+
+
+def write_page(record: Record, problems: Sequence[str], out: Path) -> None:
+    """Write the page, and its picture where there is something to draw."""
+    picture = out.with_suffix(".png")
+    drawn = draw(record, picture)
+    out.write_text(page(record, problems, picture.name if drawn else ""))
+
+
+def page(record: Record, problems: Sequence[str], picture: str) -> str:
+    """The page in Markdown.
+
+    Args:
+        record: of scripts/bench.py.
+        problems: what is out of bounds.
+        picture: file name of the picture, "" where there is none.
+    """
+    used = sorted({row["run"] for row in record["rows"]})
+    lines = ["# What a call costs", "", "Made by `scripts/bench.py`, medians; not edited by hand.", ""]
+    lines += [f"- {_about(record['runs'][number])}" for number in used]
+    if len(used) > 1:
+        lines += ["", f"**Of {len(used)} runs: compare rows of one table only where one run measured it.**"]
+    if any(record["runs"][number].get("dry_run") for number in used):
+        lines += ["", "**A dry run of small models on a CPU: no number here means anything.**"]
+    for part, title in _TITLES.items():
+        rows = [row for row in record["rows"] if row["part"] == part]
+        if not rows:
+            lines += ["", f"## {title}", "", "Not measured."]
+            continue
+        good = [row for row in rows if not row.get("failed") and not row.get("skipped")]
+        lines += ["", f"## {title}", "", _WORDS[part], ""]
+        if part == "beside" and picture:
+            lines += [f"![Times beside PyTorch]({picture})", ""]
+        lines += [*_TABLES[part](good), ""] if good else []
+        lines += [
+            f"- {row['unit']}, {row['way'] or 'all'}: left out: {row['skipped']}" for row in rows if row.get("skipped")
+        ]
+        lines += [f"- {row['unit']}: failed: {_one_line(row['failed'])}" for row in rows if row.get("failed")]
+        lines += [f"- {row['unit']}, {row['way']}: {_one_line(row['error'])}" for row in rows if row.get("error")]
+        numbers = {row["run"] for row in rows}
+        if len(used) > 1:
+            lines += ["", f"Run {', '.join(str(used.index(number) + 1) for number in sorted(numbers))}."]
+    lines += ["", "## Not as it should be", ""]
+    lines += [f"- {_one_line(problem)}" for problem in problems] or ["Nothing."]
+    text = "\n".join(lines).rstrip() + "\n"
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text
+
+
+def _about(run: Mapping[str, Any]) -> str:
+    where = run.get("device") or f"a CPU ({run.get('platform', '')})"
+    versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
+    settings = run.get("settings", {})
+    driver = f", driver {run['driver']}" if "driver" in run else ""
+    dtype, source = settings.get("dtype", ""), run.get("source", "")
+    return f"{run.get('date', '')}, {where}{driver}; {dtype}; {versions}; sources `{source}`"
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return (text if len(text) <= 200 else text[:197] + "...").replace("|", "\\|")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table; all columns but the first are numbers."""
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _by_unit(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["unit"], {})[row["way"]] = row
+    return found
+
+
+def _ms(row: Row | None) -> str:
+    return f"{row['ms']:.4f}" if row and "ms" in row else "–"
+
+
+def _floor(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for unit, ways in _by_unit(rows).items():
+        cells = [
+            f"{_ms(ways.get(way))} ({ways[way]['ratio']:.3f})" if "ratio" in ways.get(way, {}) else "–" for way in _WAYS
+        ]
+        lines.append([unit, _ms(ways.get("floor")), *cells])
+    return _table(["model", "floor", *_WAYS], lines)
+
+
+def _host(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for unit, ways in _by_unit(rows).items():
+        cells = [f"{ways[way]['us']:.1f} ({ways[way]['us_short']:.1f})" if way in ways else "–" for way in _WAYS]
+        lines.append([unit, str(next(iter(ways.values()))["calls"]), *cells])
+    return _table(["model", "calls", *(f"{way} µs (short)" for way in _WAYS)], lines)
+
+
+def fastest_inductor(ways: Mapping[str, Row]) -> tuple[str, Row | None]:
+    """The faster mode of torch.compile, with its letter."""
+    found = [(row["ms"], name, row) for name, row in ways.items() if name.startswith("inductor") and "ms" in row]
+    if not found:
+        return "", None
+    _, name, row = min(found, key=lambda entry: entry[0])
+    return name.split()[-1][0].replace("m", "A").replace("r", "R"), row
+
+
+def _beside(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for unit, ways in _by_unit(rows).items():
+        model, batch = unit.rsplit(" ", 1)
+        letter, inductor = fastest_inductor(ways)
+        ratios = []
+        for other in (ways.get("eager"), inductor):
+            both = other is not None and "ratio" in other
+            text = f"{other['ratio']:.2f}" if both else "–"  # type: ignore[index]
+            ratios.append(f"**{text}**" if both and other["ratio"] < 1 else text)  # type: ignore[index]
+        cosine = ways.get("graph", {}).get("cosine")
+        times = [_ms(ways.get(way)) for way in ("graph", "bound", "plain", "eager", "eager graph")]
+        lines.append([model, batch, *times,
+                      f"{_ms(inductor)} {letter}".strip(), _ms(ways.get("torch_tensorrt")), *ratios,
+                      f"{cosine:.6f}" if cosine is not None else "–"])  # fmt: skip
+    head = ["model", "batch", "ours", "bound", "plain", "eager", "eager graph", "inductor", "Torch-TensorRT",
+            "eager / ours", "inductor / ours", "cosine"]  # fmt: skip
+    table = _table(head, lines)
+    ratios_of = [
+        row["ratio"]
+        for ways in _by_unit(rows).values()
+        for row in [fastest_inductor(ways)[1]]
+        if row and "ratio" in row
+    ]
+    if ratios_of:
+        slower = sum(ratio < 1 for ratio in ratios_of)
+        middle = sorted(ratios_of)[len(ratios_of) // 2]
+        table += [
+            "",
+            f"Of {len(ratios_of)} pairs the engine is slower than inductor in {slower}; median ratio {middle:.2f}.",
+        ]
+    return table
+
+
+def _shapes(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["way"] == "in turn":
+            what = f"captures after each round: {', '.join(map(str, row['captures']))}"
+            lines.append(
+                [row["unit"], f"{row['shapes']} in turn", str(row["shapes"] * len(row["captures"])), what, "", ""]
+            )
+        else:
+            peak = f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else "–"
+            what = f"{row['captures']} captures, {row['graphs']} graphs kept, {row['replays']} replays"
+            lines.append([row["unit"], "random", str(row["calls"]), what, peak, f"{row['grown_bytes'] / 2**20:.2f}"])
+    return _table(["model", "shapes", "calls", "graphs", "peak MiB", "grown MiB"], lines)
+
+
+def _threads(rows: Sequence[Row]) -> list[str]:
+    lines = [[row["unit"], str(row["cuda_graphs"]), row["way"], str(row["threads"]), f"{row['calls_per_s']:.0f}",
+              f"{row['ratio']:.3f}", f"{row['cosine']:.6f}"] for row in rows]  # fmt: skip
+    return _table(["model", "cuda_graphs", "", "threads", "calls a second", "beside one thread", "cosine"], lines)
+
+
+def _life(rows: Sequence[Row]) -> list[str]:
+    lines = [[row["unit"], row["way"], f"{row['seconds']:.2f}", f"{row['ratio']:.4f}" if "ratio" in row else "–",
+              f"{row['first_call_s']:.2f}", f"{row['bytes'] / 2**20:.1f}", f"{row['cosine']:.6f}"]
+             for row in rows]  # fmt: skip
+    return _table(["model", "way", "s", "beside convert", "first call s", "engines MiB", "cosine"], lines)
+
+
+def _gpus(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        [row["way"], f"{row['throughput']:.1f}" if row["throughput"] else "–", f"{row.get('ratio', 1.0):.3f}"]
+        for row in rows
+    ]
+    return _table(["processes", "a second", "beside one"], lines)
+
+
+_TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+    "floor": _floor, "host": _host, "beside": _beside, "shapes": _shapes, "threads": _threads, "life": _life,
+    "gpus": _gpus,
+}  # fmt: skip
+
+
+# The picture
+
+_COLOURS = {"eager": "#9aa5b1", "eager graph": "#6b8fb5", "inductor": "#d08a3c", "torch_tensorrt": "#7a5ba6"}
+
+
+def bars(record: Record) -> dict[str, dict[str, float]]:
+    """By model and batch: how many times as long as ours each other way takes."""
+    found: dict[str, dict[str, float]] = {}
+    rows = [row for row in record["rows"] if row["part"] == "beside" and "way" in row]
+    for unit, ways in _by_unit(rows).items():
+        named = {name: ways.get(name) for name in ("eager", "eager graph", "torch_tensorrt")}
+        named["inductor"] = fastest_inductor(ways)[1]
+        values = {name: row["ratio"] for name in _COLOURS if (row := named[name]) and "ratio" in row}
+        if values:
+            found[unit] = values
+    return found
+
+
+def draw(record: Record, path: Path) -> bool:
+    """A bar chart of the ratios; False where there are none, and nothing is written."""
+    values = bars(record)
+    if not values:
+        return False
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError as error:
+        raise SystemExit("The picture needs matplotlib: pip install matplotlib.") from error
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    ways = [way for way in _COLOURS if any(way in found for found in values.values())]
+    batches = sorted({int(unit.rsplit(" ", 1)[1]) for unit in values})
+    models = list(dict.fromkeys(unit.rsplit(" ", 1)[0] for unit in values))
+    figure, axes = plt.subplots(
+        1, len(batches), sharey=True, squeeze=False, layout="constrained",
+        figsize=(2.5 + 4.5 * len(batches), 1.6 + len(models) * (0.14 + 0.16 * len(ways))),
+    )  # fmt: skip
+    thick = 0.8 / len(ways)
+    for plot, batch in zip(axes[0], batches, strict=True):
+        for index, way in enumerate(ways):
+            shown = [(place, values.get(f"{model} {batch}", {}).get(way)) for place, model in enumerate(models)]
+            places = [place + (index - (len(ways) - 1) / 2) * thick for place, value in shown if value is not None]
+            lengths = [value for _, value in shown if value is not None]
+            label = way.replace("torch_tensorrt", "Torch-TensorRT")
+            widths = [length - 1 for length in lengths]  # from 1, so that faster and slower go to two sides
+            plot.barh(places, widths, thick * 0.92, left=1, color=_COLOURS[way], label=label)
+            for place, length in zip(places, lengths, strict=True):
+                side, shift = ("left", 1.03) if length >= 1 else ("right", 1 / 1.03)
+                plot.text(length * shift, place, f"{length:.2f}", fontsize=7, ha=side, va="center")
+        plot.axvline(1.0, color="#222222", linewidth=1)
+        plot.set_xscale("log")
+        most = max((max(found.values()) for found in values.values()), default=1.0)
+        least = min((min(found.values()) for found in values.values()), default=1.0)
+        plot.set_xlim(min(0.5, least * 0.75), max(2.0, most * 1.4))
+        ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if plot.get_xlim()[0] <= tick <= plot.get_xlim()[1]]
+        plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        plot.minorticks_off()
+        plot.set_title(f"batch {batch}", fontsize=10)
+        plot.set_xlabel("time / ours (right of 1: ours is faster)", fontsize=9)
+        plot.grid(axis="x", color="#dddddd", linewidth=0.6)
+        plot.set_axisbelow(True)
+        for side in ("top", "right"):
+            plot.spines[side].set_visible(False)
+    axes[0][0].set_yticks(range(len(models)), [name.partition(":")[0] for name in models], fontsize=9)
+    axes[0][0].set_ylim(len(models) - 0.4, -0.6)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(ways), fontsize=9, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True

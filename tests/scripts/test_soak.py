@@ -1,0 +1,106 @@
+"""scripts/soak.py: a few seconds of it, and that it notices what it is for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+import trtbridge as tb
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def soak(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Its state, with a converted network, and the modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        import soak_actions
+
+        yield soak_actions.Soak(tmp_path_factory.mktemp("soak"), 0)
+    for name in ("soak", "soak_actions", "soak_failures"):
+        sys.modules.pop(name, None)
+
+
+def test_a_few_seconds(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(SCRIPTS / "soak.py"), "--minutes", "0.05", "--threads", "2"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "found.json")],
+        capture_output=True, text=True, env=environment, check=False, timeout=500,
+    )  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["wrong"] == found["unexpected"] == [], done.stdout + done.stderr
+    assert found["calls"] > 0
+    assert done.returncode == int(bool(found["litter"]))
+    assert "wrong results: 0" in done.stdout
+
+
+def test_every_failure_ends_as_it_should(soak: Any) -> None:
+    import soak_failures
+
+    pick = Random(1)
+    assert soak_failures.bad_shape(soak, pick) == "InputError"
+    assert soak_failures.wrong_dtype(soak, pick) == "InputError"
+    assert soak_failures.failing_plugin(soak, pick) == "ExecutionError"
+    endings = {soak_failures.damaged_file(soak, pick) for _ in range(30)}
+    assert "ModelFileError" in endings
+    assert soak_failures.full_disk(soak, pick).startswith("ModelFileError (")
+    assert soak_failures.damaged_cache(soak, pick).startswith("right")
+    assert soak_failures.litter(soak) == []
+    (soak.work / "forgotten").touch()
+    assert soak_failures.litter(soak) == ["forgotten"]
+    (soak.work / "forgotten").unlink()
+
+
+def test_a_pretended_full_disk(soak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import soak_failures
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise FileNotFoundError("no mount here")
+
+    monkeypatch.setattr(soak_failures.subprocess, "run", refuse)
+    assert soak_failures.full_disk(soak, Random(2)) == "ModelFileError (pretended)"
+
+
+def test_a_save_that_is_killed(soak: Any) -> None:
+    import soak_failures
+
+    assert soak_failures.save_killed(soak, Random(3)).startswith("whole file")
+
+
+def test_what_must_fail_and_does_not_is_noticed(soak: Any) -> None:
+    import soak_failures
+
+    with pytest.raises(soak_failures.NoErrorError, match="no InputError"), soak_failures.must_raise(tb.InputError):
+        pass
+    with pytest.raises(ValueError, match="other"), soak_failures.must_raise(tb.InputError):
+        raise ValueError("other")
+
+
+def test_a_wrong_result_is_noticed(soak: Any) -> None:
+    import soak_actions
+
+    given = soak.arguments(4, Random(4))
+    with torch.no_grad():
+        right = soak.eager["a"](*given)
+    soak.compare(right, given, ("a",))
+    soak.compare(right, given, ("b", "a"))
+    for wrong in (
+        {name: tensor + 0.1 for name, tensor in right.items()},
+        {name: tensor[:2] for name, tensor in right.items()},
+        {name: tensor * float("nan") for name, tensor in right.items()},
+        {"scores": right["scores"]},
+    ):
+        with pytest.raises(soak_actions.WrongError):
+            soak.compare(wrong, given, ("a", "b"))
+    with pytest.raises(soak_actions.WrongError, match=r"batch 4: off by .* from weights b"):
+        soak.compare(right, given, ("b",))
