@@ -218,7 +218,7 @@ def _half_of(view: View, tensor: gs.Tensor, which: int, notes: Notes) -> tuple[g
 def _table(view: View, angle: gs.Tensor, notes: Notes) -> gs.Tensor | None:
     """The angles of all heads, (batch, length, d) or a constant (..., length, d), if their halves are the same."""
     if isinstance(angle, gs.Constant):
-        known = angle.shape or ()
+        known: Sequence[Any] = angle.shape or ()
         if not 2 <= len(known) <= 4 or (len(known) > 2 and known[-3] != 1) or nbytes(angle) > _MOST_BYTES:
             return None
         found = notes.values(angle)
