@@ -154,7 +154,7 @@ def _load(source: Comparand, options: dict[str, Any], stages: Stages) -> tuple[E
 def _call(module: EngineModule, example: Any, inputs: Path | None, size: Any) -> tuple[Any, Any]:
     """The arguments of the call: those of a file, of the source, or random ones, on the module's device."""
     from .cli_run import RandomInputs, read_inputs, why_not_here
-    from .module import InputChecker
+    from .input_check import InputChecker
 
     if reason := why_not_here(module):
         raise BackendError(reason)

@@ -15,8 +15,8 @@ import torch
 from ..errors import InputError
 from .arguments import collect
 from .cli_run import RandomInputs
+from .input_check import InputChecker
 from .model import Signature
-from .module import InputChecker
 from .runners import Array, Layout, to_array
 
 _CPU = torch.device("cpu")

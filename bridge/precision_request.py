@@ -12,8 +12,8 @@ import torch
 from ..errors import InputError, OptionError
 from .cli_run import RandomInputs
 from .export import ExportedModule
+from .input_check import InputChecker
 from .model import OnnxModel
-from .module import InputChecker
 from .options import Options
 
 T = TypeVar("T")

@@ -23,8 +23,9 @@ from .backends.base import Engine
 from .backends.layers import Layer, LayerProfiler, LayerRun
 from .dtypes import to_torch
 from .graph_facts import NodeFacts, read_nodes
+from .input_check import InputChecker
 from .model import Origin
-from .module import EngineModule, InputChecker
+from .module import EngineModule
 from .plan import PluginCall
 from .profile_report import LayerTime, ProfileReport, Span, StepTime, module_of
 from .program import EngineStep, Program

@@ -1,8 +1,8 @@
 """What a TensorRT-RTX engine says of its own kernels, read out of its bytes: no GPU is needed.
 
 The plan holds the program of its compiler as text: a header with the regions of memory, then one line a kernel, each
-with the nodes of the graph in it. Nobody documents this; it was found in engines of 1.6.1 and 1.7.1, and where it is
-not there, nothing is known. On a GPU the engine's inspector is asked instead.
+with the nodes of the graph in it. Nobody documents this; it was found in engines of 1.6.1, and where it is not
+there, nothing is known. On a GPU the engine's inspector is asked instead.
 """
 
 from __future__ import annotations

@@ -251,5 +251,5 @@ def test_impossible_options_are_named(options: dict[str, Any], words: str) -> No
 def test_load_takes_run_time_options(tmp_path: Any) -> None:
     tb.save(tb.convert(torch.nn.Linear(3, 3), (torch.ones(2, 3),), backend="onnxruntime"), tmp_path / "m.trtb")
     assert tb.load(tmp_path / "m.trtb", max_contexts=1).options.max_contexts == 1
-    with pytest.raises(tb.OptionError, match="no run-time option 'cuda_graph'. Did you mean 'cuda_graphs'"):
+    with pytest.raises(tb.OptionError, match=r"no run-time option 'cuda_graph'\. Did you mean 'cuda_graphs'"):
         tb.load(tmp_path / "m.trtb", cuda_graph=True)

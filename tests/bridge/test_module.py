@@ -218,3 +218,28 @@ def test_engine_without_a_gpu_is_built_saved_and_inspected(tmp_path: Path) -> No
     builds = [fraction for name, fraction in phases if name.startswith("build: ")]
     assert len(builds) > 10, "the builder's own phases are reported"
     assert 0.0 <= min(builds) <= max(builds) <= 1.0
+
+
+def test_a_shape_seen_before_lets_nothing_else_pass() -> None:
+    """Calls with known shapes are checked at a glance: kinds still count, and sizes as a whole."""
+
+    class Both(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    batch = tb.Dim("batch", min=1, max=8)
+    shapes = {"x": {0: batch}, "y": {0: batch}}
+    module = tb.convert(Both(), (torch.ones(2, 3), torch.ones(2, 3)), dynamic_shapes=shapes, backend="onnxruntime")
+    two, three = torch.ones(2, 3), torch.ones(3, 3)
+    for _ in range(2):
+        torch.testing.assert_close(module(two, two), two + two)
+        torch.testing.assert_close(module(three, y=three), three + three)
+        torch.testing.assert_close(module(three, three), three + three)
+        with pytest.raises(tb.InputError, match=r"Input x: expected torch\.float32, got torch\.float64"):
+            module(two.double(), two)
+        with pytest.raises(tb.InputError, match="they must agree"):
+            module(two, three)
+        with pytest.raises(tb.InputError, match="expected a tensor"):
+            module(two, 3.0)
+        with pytest.raises(tb.InputError, match="missing y"):
+            module(two)

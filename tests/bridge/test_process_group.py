@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -47,3 +48,6 @@ def test_the_example_runs() -> None:
     difference = re.search(r"largest difference from the original: (\S+)", output)
     assert difference is not None
     assert float(difference[1]) < 1e-4
+    last = json.loads(output.splitlines()[-1])
+    assert last["processes"] == 2
+    assert last["throughput"] > 0
