@@ -24,6 +24,7 @@ from .parameters import Parameters, describe_parameters, mark, marked
 from .simplify import simplify
 from .structure import Structure
 from .trace import MODULE, left_as_found, quiet, shorten, to_eval_mode, trace_module
+from .tracing import one_at_a_time
 from .translate_calls import call_translation
 from .untranslatable import (
     alike_calls,
@@ -103,6 +104,7 @@ class ExportedModule:
         """Those of some calls that are not plugins yet and can be."""
         return {c: reason for c, reason in calls.items() if c not in plugins and not self.plugin_problem(c)}
 
+    @one_at_a_time
     def _translate(self, plugins: Mapping[str, str]) -> tuple[torch.onnx.ONNXProgram | None, dict[str, str]]:
         """One attempt: the translation, or what must be a plugin besides."""
         forget_pending_sizes(self.program)

@@ -23,7 +23,7 @@ from .runtime import RunningProgram
 from .runtime_options import RuntimeOptions
 from .stats import Stats, gather_stats
 from .text import size_text
-from .torch_op import HANDLE, call_traced, register
+from .torch_op import HANDLE, call_traced, is_traced, register
 
 if TYPE_CHECKING:
     from .compare_report import CompareReport
@@ -94,9 +94,12 @@ class EngineModule(torch.nn.Module):
             RefitError: the engines were saved without weights and have got none.
             ExecutionError: the backend or a plugin op failed.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and is_traced(args, kwargs):
             return call_traced(self, args, kwargs)
         return self._call(args, kwargs)
+
+    # torch.export puts another function in the place of torch.nn.Module.__call__ while it traces, in all threads.
+    __call__ = torch.nn.Module._wrapped_call_impl
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The call itself, arguments as the original takes them; the op of compiled graphs ends here, too."""

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import PluginError
 from ..plugins.program import encode_program
+from .tracing import one_at_a_time
 
 
 class _HigherOrderCall(torch.nn.Module):
@@ -48,6 +49,7 @@ class _HigherOrderCall(torch.nn.Module):
         return self.op(*(fill(part) for part in self.template), **{n: fill(p) for n, p in self.kwargs.items()})
 
 
+@one_at_a_time
 def as_program_call(graph: torch.fx.Graph, node: torch.fx.Node) -> torch.fx.Node:
     """Replace a call of a higher-order op by one of ``run_program`` with the same results.
 

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils import _pytree as pytree
 
 from ..errors import BackendError
 from .signature_fake import fake_results
@@ -60,6 +62,14 @@ def find_module(handle: str) -> EngineModule:
             "before calling it, and keep what that returns."
         )
     return module
+
+
+def is_traced(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is part of a trace: that something is being compiled is said to all threads of a process."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    return not tensors or any(map(is_fake, tensors))
 
 
 def call_traced(module: EngineModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

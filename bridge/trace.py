@@ -23,6 +23,7 @@ from .opaque import FailureFinder, Opaque, OpaqueCaller, ResultRecorder, TracedO
 from .origins import user_frame
 from .side_effects import side_effects
 from .structure import CONSTANTS, Structure, flatten
+from .tracing import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class _Flat(torch.nn.Module):
         return tuple(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors)
 
 
+@one_at_a_time
 def trace_module(
     model: torch.nn.Module, arguments: Arguments
 ) -> tuple[torch.export.ExportedProgram, Structure, tuple[int, ...]]:

@@ -103,6 +103,9 @@ class Soak:
         self.eager = {name: Net().eval().to(self.device) for name in ("a", "b")}
         self.cache = self.work / "cache"
         self.lock = threading.Lock()
+        # torch.export changes the module that it traces, and torch.nn.Module itself: eager calls wait meanwhile. Calls
+        # of engines do not.
+        self.tracing = threading.Lock()
         names = {option.name for option in dataclasses.fields(tb.Options)}
         self.has_cache = "cache" in names
         self.has_refit = hasattr(tb.EngineModule, "refit") and "refittable" in names
@@ -122,11 +125,12 @@ class Soak:
 
     def convert(self, **options: Any) -> Any:
         """The network with the weights "a", converted."""
-        return tb.convert(
-            self.eager["a"], self.arguments(4, Random(0)),
-            dynamic_shapes={"x": {0: _BATCH}, "scale": {0: _BATCH}}, backend=self.backend, plugin_host="segments",
-            cache_dir=self.cache, **options,
-        )  # fmt: skip
+        with self.tracing:
+            return tb.convert(
+                self.eager["a"], self.arguments(4, Random(0)),
+                dynamic_shapes={"x": {0: _BATCH}, "scale": {0: _BATCH}}, backend=self.backend, plugin_host="segments",
+                cache_dir=self.cache, **options,
+            )  # fmt: skip
 
     def describe(self) -> str:
         """What is soaked."""
@@ -201,7 +205,7 @@ class Soak:
             self.calls += 1
         errors = []
         for name in weights:
-            with torch.no_grad():
+            with self.tracing, torch.no_grad():
                 expected = self.eager[name](*given)
             if set(result) == set(expected) and all(result[k].shape == expected[k].shape for k in expected):
                 error = max(

@@ -7,8 +7,10 @@ import dataclasses
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -288,3 +290,42 @@ def test_autocast_does_not_reach_into_an_engine(structured: tuple[nn.Module, tb.
     outside = engine(x, {"more": more}, flag=True, none=None)
     torch.testing.assert_close(inside.y, outside.y, rtol=0, atol=0)
     torch.testing.assert_close(traced.y, outside.y, rtol=0, atol=0)
+
+
+# Threads
+
+
+def test_calls_go_on_while_another_thread_traces() -> None:
+    """torch tells all threads that something is being compiled, and replaces Module.__call__; engines are not moved."""
+    engine = tb.convert(torch.nn.Linear(4, 2), (torch.ones(3, 4),), backend="onnxruntime")
+    x = torch.randn(3, 4)
+    expected = engine(x)
+    tracing, called = threading.Event(), threading.Event()
+
+    class Slow(torch.nn.Module):
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            tracing.set()
+            assert called.wait(60)
+            return y * 2
+
+    with ThreadPoolExecutor(1) as threads:
+        traced = threads.submit(torch.export.export, Slow(), (torch.ones(2),), strict=False)
+        assert tracing.wait(60)
+        try:
+            assert torch.compiler.is_compiling(), "else this test tests nothing"
+            result = engine(x)
+        finally:
+            called.set()
+        program = traced.result()
+    assert torch.equal(result, expected)
+    assert torch.equal(program.module()(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_conversions_in_threads_wait_for_one_another() -> None:
+    models = [torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU()) for width in (2, 3, 5, 7)]
+    x = torch.randn(3, 4)
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda model: tb.convert(model, (x,), backend="onnxruntime"), models))
+    for model, fast in zip(models, made, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x))

@@ -1,0 +1,28 @@
+"""torch traces one thing at a time: while it does, it changes state that all threads of the process share."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_lock = threading.RLock()
+
+
+def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that traces, exports or decomposes with torch: of several threads one after the other runs it.
+
+    Conversions in threads wait for one another so. Other calls of torch modules need the caller's care: torch.export
+    gives the module that it traces other parameters meanwhile, and replaces torch.nn.Module.__call__.
+    """
+
+    @functools.wraps(function)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _lock:
+            return function(*args, **kwargs)
+
+    return locked
