@@ -21,7 +21,7 @@ from onnx import helper
 
 import trtbridge as tb
 from trtbridge.bridge import engine_key as module
-from trtbridge.bridge.backends import get_backend, tensorrt, trt_fit
+from trtbridge.bridge.backends import get_backend, tensorrt, trt_blame, trt_fit
 from trtbridge.bridge.backends.base import Backend, BuildOptions, Segment
 from trtbridge.bridge.dtypes import from_torch
 from trtbridge.bridge.engine_key import IRRELEVANT_OPTIONS, TensorDigests, canonical, engine_key
@@ -218,7 +218,7 @@ def test_a_rule_about_faults_counts_where_it_changes_the_graph(monkeypatch: pyte
         changed.graph.node[1].attribute[0].i = 0
         return changed
 
-    monkeypatch.setattr(tensorrt, "avoid_faults", rewritten)
+    monkeypatch.setattr(trt_blame, "avoid_faults", rewritten)
     assert _key(backend=backend) != base
 
 

@@ -141,7 +141,7 @@ def test_one_line_in_the_log_and_a_count(fast: tb.EngineModule, caplog: pytest.L
     assert "batch 4 (in x)" in record.message
     assert "\n" not in record.message
     assert fast.eager_calls == 3
-    assert fast.inspect().endswith("sizes outside: the original Net runs (3 calls so far)")
+    assert str(fast.inspect()).endswith("sizes outside: the original Net runs (3 calls so far)")
 
 
 def test_the_original_is_no_part_of_the_module(net: Net, fast: tb.EngineModule) -> None:

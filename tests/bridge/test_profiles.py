@@ -197,7 +197,7 @@ def test_what_is_wrong_beside_sizes_is_another_error(fast: tb.EngineModule) -> N
 
 
 def test_profiles_in_words(fast: tb.EngineModule, model: torch.nn.Module) -> None:
-    text = fast.inspect()
+    text = str(fast.inspect())
     assert "input x: (batch, seq, 8) float  (batch in [1, 1] or [8, 32], seq in [2, 8] or [10, 20])" in text
     assert "\n  profile 1: batch 8 to 32 (tuned for 16), seq 10 to 20 (tuned for 12)\n" in text
     assert text.count("2 profiles") == 2
@@ -254,7 +254,7 @@ def test_a_file_from_before_profiles_is_read(tmp_path: Path) -> None:
     assert loaded.program.signature == made.signature
     x = torch.randn(3, 4)
     torch.testing.assert_close(loaded(x), net(x))
-    assert "profile" not in loaded.inspect()
+    assert "profile" not in str(loaded.inspect())
 
 
 def test_the_example_must_lie_in_a_profile(model: torch.nn.Module) -> None:

@@ -585,7 +585,7 @@ def test_save_and_load(plugin_net: tb.EngineModule, device: torch.device, tmp_pa
     loaded = tb.load(path, device)
     x = torch.randn(9, 8, 8, device=device)
     assert torch.equal(loaded(x), plugin_net(x))
-    assert loaded.inspect() == plugin_net.inspect()
+    assert str(loaded.inspect()) == str(plugin_net.inspect())
     if device.type == "cuda":
         with pytest.raises(tb.BackendError, match="CUDA"):
             tb.load(path, "cpu")

@@ -168,13 +168,14 @@ def test_sizes_that_an_op_refuses() -> None:
     assert "samples of several sizes" in found.todo
 
 
-def test_guards_limit_the_sizes_that_are_tried() -> None:
-    def pairs(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] % 2:
-            raise ValueError("an even number of rows")
-        return x[::2] + x[1::2]
+@tb.plugin("check_tests::pairs")
+def pairs(x: torch.Tensor) -> torch.Tensor:
+    if x.shape[0] % 2:
+        raise ValueError("an even number of rows")
+    return x[::2] + x[1::2]
 
-    tb.plugin("check_tests::pairs")(pairs)
+
+def test_guards_limit_the_sizes_that_are_tried() -> None:
     report = check("check_tests::pairs", [(torch.randn(4, 3),)])
     assert not any("refuses" in f.what for f in report.findings if f.check == "dynamic shapes")
     assert "takes as given" in finding(report, "dynamic shapes", "ok").what
