@@ -87,7 +87,8 @@ def test_progress_is_that_of_all_and_ends_what_is_stopped() -> None:
 def test_a_program_built_at_once_is_the_one_built_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     backend = get_backend("tensorrt_rtx")
-    planner = make_planner(Three(), (torch.randn(4, 8),), None, None, backend, Options.make({}))
+    options = Options.make({"plugin_host": "segments"})
+    planner = make_planner(Three(), (torch.randn(4, 8),), None, None, backend, options)
     plan, refusals = planner.settled_plan()
     assert list(refusals) == ["segment0", "segment1", "segment2"]
     assert not any(refusals.values())
@@ -135,7 +136,12 @@ def test_calls_that_share_a_refused_node_are_plugins_in_one_round() -> None:
     pytest.importorskip("tensorrt_rtx")
     args = (torch.randn(6, 4), torch.tensor([True, False, True, True, False, True]))
     planner = make_planner(
-        SharedMask(), args, None, None, get_backend("tensorrt_rtx"), Options.make({"max_data_size": 6})
+        SharedMask(),
+        args,
+        None,
+        None,
+        get_backend("tensorrt_rtx"),
+        Options.make({"max_data_size": 6, "plugin_host": "segments"}),
     )
     exports = []
     export = type(planner.source).to_onnx
@@ -168,7 +174,7 @@ class CutByValue(torch.nn.Module):
 def test_sizes_that_are_values_are_found_in_one_round() -> None:
     pytest.importorskip("tensorrt_rtx")
     args = (torch.randn(8, 4), torch.tensor([3, 5]))
-    options = Options.make({"max_data_size": 8})
+    options = Options.make({"max_data_size": 8, "plugin_host": "segments"})
     planner = make_planner(CutByValue(), args, None, None, get_backend("tensorrt_rtx"), options)
     program = planner.build()
     assert [call.op for call in program.plugin_calls] == ["aten::slice.Tensor"] * 2
