@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,8 @@ PAGES = {
     "passes": (8, 6),
     "plugins": (12, 9),
     "precision": (4, 1),
+    "pytorch": (7, 3),
+    "refit": (3, 1),
     "runtime": (4, 2),
     "shapes": (4, 2),
     "wrong-results": (10, 8),
@@ -24,6 +27,14 @@ PAGES = {
 def test_page(page: str, run_guide: Callable[..., Any]) -> None:
     blocks, commands = PAGES[page]
     run_guide(f"{page}.md", blocks=blocks, outputs=commands)
+
+
+def test_profiling_page(run_guide: Callable[..., Any]) -> None:
+    pytest.importorskip("matplotlib")
+    folder = run_guide("profiling.md", blocks=7, outputs=3)
+    assert (folder / "profile.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert (Path(__file__).parent.parent / "docs" / "profile-sentence-encoder.png").exists()
 
 
 @pytest.mark.parametrize(
