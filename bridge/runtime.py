@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,8 @@ from .lanes import Lane, LanePool
 from .program import EngineStep, Program
 from .runtime_options import RuntimeOptions
 from .runtime_steps import Environment, RunStep, capture_problem, engine_step, last_uses, plugin_step, require_ops
+
+logger = logging.getLogger(__name__)
 
 
 class RunningProgram:
@@ -74,6 +77,8 @@ class RunningProgram:
         self._local = threading.local()
         self._calls = 0
         self._graphs, self.graph_refusal = self._make_graphs(program, options)
+        if options.cuda_graphs is True and self.graph_refusal:
+            logger.warning("cuda_graphs=True, but calls run without CUDA graphs: %s", self.graph_refusal)
 
     # Calls
 

@@ -221,7 +221,7 @@ def test_programs_that_can_and_cannot_be_captured() -> None:
     assert "depends on data" in capture_problem(_program(Pick()))
 
 
-def test_on_a_cpu_the_option_is_taken_and_changes_nothing() -> None:
+def test_on_a_cpu_there_are_none_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
     module = tb.convert(torch.nn.Linear(3, 3), (torch.ones(2, 3),), backend="onnxruntime", cuda_graphs=True)
     for _ in range(3):
         assert module(torch.ones(2, 3)).shape == (2, 3)
@@ -230,6 +230,10 @@ def test_on_a_cpu_the_option_is_taken_and_changes_nothing() -> None:
     running = module._running
     assert running is not None
     assert running.graph_refusal == "calls on cpu have none"
+    assert "cuda_graphs=True, but calls run without CUDA graphs: calls on cpu have none" in caplog.text
+    caplog.clear()
+    tb.convert(torch.nn.Linear(3, 3), (torch.ones(2, 3),), backend="onnxruntime", cuda_graphs="auto")
+    assert "CUDA graphs" not in caplog.text, "auto leaves the choice open"
 
 
 @pytest.mark.parametrize(
