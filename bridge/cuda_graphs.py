@@ -233,7 +233,7 @@ class GraphCache:
         if captured is None:
             return None
         if first and self._measure and not self._capturer.is_faster(captured):
-            self._give_up("a plain call was measured to be as fast as a replay")
+            self._give_up("a plain call was measured to be as fast as a replay", logging.INFO)
             return None
         del self._seen[key]
         self._graphs[key] = captured
@@ -258,10 +258,10 @@ class GraphCache:
         self.counters["graph_captures"] += 1
         return captured
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str, level: int = logging.WARNING) -> None:
         self.refusal = why
         self._graphs.clear()
-        logger.warning("calls run without CUDA graphs: %s", why)
+        logger.log(level, "calls run without CUDA graphs: %s", why)
 
 
 def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

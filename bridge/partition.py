@@ -3,7 +3,8 @@
 The plugin depth of a tensor is the largest number of plugin nodes on any path to it. Segment k holds the ordinary nodes
 of depth k, so it reads only from segments up to k and from plugins below k: every segment is convex and the order of
 steps follows. Shape arithmetic is cheap and would cross boundaries as tensors whose values the host must know, so each
-segment computes what it needs of it again.
+segment computes what it needs of it again; so it does with what is made of weights alone (a transposed weight), which
+the builder folds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _SHAPE_ARITHMETIC = {
     "Abs", "Add", "Cast", "Ceil", "Concat", "Constant", "Div", "Equal", "Floor", "Gather", "Identity", "Max", "Min",
     "Mod", "Mul", "Neg", "Range", "ReduceProd", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
 }  # fmt: skip
+_RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomUniform"}
 # Types that TensorRT has not: casts to and from them beside a plugin node are done by the plugin call.
 _PLUGIN_ONLY_TYPES = {
     ir.DataType.DOUBLE, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64, ir.DataType.INT8,
@@ -62,7 +64,7 @@ class _Partitioner:
     kept_out: Collection[str]
     producers: dict[str, onnx.NodeProto] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)  # by tensor
-    shape_like: set[int] = field(default_factory=set)  # by id of node
+    shape_like: set[int] = field(default_factory=set)  # by id: nodes that each segment has again
     absorbed: dict[str, tuple[str, ir.DataType]] = field(default_factory=dict)  # output of a cast → (its input, dtype)
     outside: set[int] = field(default_factory=set)  # by id: plugin nodes that run between engines
     hosted: dict[int, PluginCall] = field(default_factory=dict)  # by id: plugin nodes inside engines
@@ -194,6 +196,7 @@ class _Partitioner:
 
     def _measure_depths(self) -> None:
         static = set(self.initializers)
+        constant = set(static)
         for node in self.nodes:  # topological order
             depth = 0
             for name in self.reads[id(node)]:
@@ -209,7 +212,10 @@ class _Partitioner:
                 name in static or (name in self.producers and id(self.producers[name]) in self.shape_like)
                 for name in reads
             )
-            if node.op_type in _SHAPE_SOURCES or (node.op_type in _SHAPE_ARITHMETIC and from_shapes):
+            of_weights = constant.issuperset(reads) and node.op_type not in _RANDOM
+            if of_weights:
+                constant.update(node.output)
+            if node.op_type in _SHAPE_SOURCES or of_weights or (node.op_type in _SHAPE_ARITHMETIC and from_shapes):
                 self.shape_like.add(id(node))
 
     def _depth(self, node: onnx.NodeProto) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,12 +57,14 @@ class RunningProgram:
             (program.aliases.get(spec.name, spec.name), to_torch(spec.dtype)) for spec in program.signature.outputs
         ]
         self._constants = {name: tensor.to(device) for name, tensor in program.constants.items()}
+        problem = capture_problem(program)
+        loading = dataclasses.replace(options, cuda_graphs=False) if problem else options
         self._steps: list[RunStep] = []
         self._executables: list[Executable | None] = []
         for step in program.steps:
             if isinstance(step, EngineStep):
                 self._steps.append(engine_step(step.engine))
-                self._executables.append(backend.load(step.engine, device, cache_dir, options))
+                self._executables.append(backend.load(step.engine, device, cache_dir, loading))
             else:
                 self._steps.append(plugin_step(step, device, program.signature.dims))
                 self._executables.append(None)
@@ -76,7 +79,7 @@ class RunningProgram:
         self._count_lock = threading.Lock()
         self._local = threading.local()
         self._calls = 0
-        self._graphs, self.graph_refusal = self._make_graphs(program, options)
+        self._graphs, self.graph_refusal = self._make_graphs(problem, options)
         if options.cuda_graphs is True and self.graph_refusal:
             logger.warning("cuda_graphs=True, but calls run without CUDA graphs: %s", self.graph_refusal)
 
@@ -267,13 +270,12 @@ class RunningProgram:
             return None
         return torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
 
-    def _make_graphs(self, program: Program, options: RuntimeOptions) -> tuple[GraphCache | None, str]:
-        """The graphs of this program, or None and why there are none."""
+    def _make_graphs(self, problem: str, options: RuntimeOptions) -> tuple[GraphCache | None, str]:
+        """The graphs of this program, or None and why there are none; `problem` is the program's own reason."""
         if self.device.type != "cuda":
             return None, f"calls on {self.device} have none"
         if not options.cuda_graphs:
             return None, "cuda_graphs=False"
-        problem = capture_problem(program)
         if problem:
             return None, problem
         shared: list[torch.Tensor | None] = []  # made with the first graph

@@ -29,18 +29,18 @@ class RuntimeOptions:
         max_contexts: most calls that run at once; each has execution contexts and scratch memory of its own. Further
             ones wait.
         share_workspace: one scratch memory, of the largest engine's size, for all engines of a call and for all CUDA
-            graphs, in place of one for each. Off until it has run on a GPU.
+            graphs, in place of one for each.
         kernel_specialization: TensorRT-RTX: what it does when it meets new sizes: "lazy" compiles kernels for them in
             the background and runs general ones meanwhile, "eager" compiles them before it runs, "none" always runs
             general ones. None is "eager" with ``cuda_graphs``, since a graph keeps the kernels of its capture, and else
             leaves it to the library ("lazy").
     """
 
-    cuda_graphs: bool | str = False
+    cuda_graphs: bool | str = "auto"
     max_graphs: int = 16
     reuse_outputs: bool = False
     max_contexts: int = 8
-    share_workspace: bool = False
+    share_workspace: bool = True
     kernel_specialization: str | None = None
 
     def __post_init__(self) -> None:

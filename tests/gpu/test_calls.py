@@ -30,7 +30,7 @@ class Net(torch.nn.Module):
         self.last = torch.nn.Linear(32, 8)
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        values, indices = torch.cummax(F.gelu(self.first(x)) * scale, 1)
+        values, indices = torch.cummax(F.gelu(self.first(x * scale)), 1)
         return {"scores": self.last(values), "sum": indices.sum(1)}
 
 
