@@ -10,6 +10,8 @@ no sign of any (tests/gpu/test_rtx_faults.py). The other form computes the same,
   again from slices, or reshaped to the shape that it has), the compiler drops the moves and writes only one of the two;
   the other is whatever was in memory. An Identity between the tensor and the first result is enough.
 * **Reductions of a rotation**, and **convolutions of one position over few**: rtx_fault_rules.py.
+* **A bias that is forgotten** before an activation that is multiplied, and **images with a number added**:
+  rtx_epilogues.py.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..model import iterate_nodes
+from .rtx_epilogues import add_apart, scale_apart
 from .rtx_fault_rules import SUFFIX as _SUFFIX
 from .rtx_fault_rules import Facts, multiply_pointwise, turn_by_index
 
@@ -54,8 +57,9 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
     }
     results = _moved_results(graph)
     facts = Facts(graph)
-    rewritten = [turn_by_index(graph, facts), multiply_pointwise(graph, facts)]
+    rewritten = [rule(graph, facts) for rule in (turn_by_index, multiply_pointwise, scale_apart, add_apart)]
     instead = {index: made for rule in rewritten for index, made in rule.nodes.items()}
+    constants = {tensor.name: tensor for rule in rewritten for tensor in rule.constants}
     if not lifted and not results and not instead:
         return proto
     copied = onnx.ModelProto()
@@ -64,8 +68,7 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
     for index, node in enumerate(copied.graph.node):
         nodes += _lift(node) if index in lifted else instead.get(index, [node])
     nodes = _read(nodes, graph) if instead else nodes
-    for rule in rewritten:
-        copied.graph.initializer.extend(rule.constants)
+    copied.graph.initializer.extend(constants.values())
     if lifted:
         copied.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), _FIRST_AXIS))
     nodes = [made for node in nodes for made in _apart(node, results)]

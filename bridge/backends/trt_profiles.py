@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from ...errors import ExecutionError
@@ -19,6 +20,7 @@ def select_profile(
     shapes: Sequence[Sequence[int]],
     stream: torch.cuda.Stream,
     capturing: bool = False,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> bool:
     """Switch a context to the profile that takes given shapes; call it before it is given new shapes.
 
@@ -33,6 +35,7 @@ def select_profile(
         shapes: of the inputs, in the order of ``profiles.names``.
         stream: the one that the next enqueue goes to.
         capturing: whether that stream is being captured.
+        around: what a switch is made within; TensorRT-RTX 1.6.1 makes its graphs anew and reads the environment again.
 
     Returns:
         Whether the profile changed: every shape that was set before is void then.
@@ -57,6 +60,15 @@ def select_profile(
             "which cannot change during a CUDA graph capture: call the module once with inputs of these shapes, "
             "outside the capture, right before it."
         )
-    if not context.set_optimization_profile_async(index, stream.cuda_stream):
-        raise ExecutionError(f"TensorRT refused to switch to profile {index} of {len(profiles)}.")
+    try:
+        with around():
+            switched = context.set_optimization_profile_async(index, stream.cuda_stream)
+    except RuntimeError as error:  # what the bindings make of False
+        raise ExecutionError(_refused(index, profiles)) from error
+    if not switched:
+        raise ExecutionError(_refused(index, profiles))
     return True
+
+
+def _refused(index: int, profiles: EngineProfiles) -> str:
+    return f"TensorRT refused to switch to profile {index} of {len(profiles)}; its own words are on standard error."

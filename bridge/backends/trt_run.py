@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -93,6 +94,7 @@ class TensorRtExecutable:
             self._keep_kernels,
             workspace,
             self._profiles,
+            self._tf32,
         )
 
     def _keep_kernels(self, shapes: tuple[torch.Size, ...]) -> None:
@@ -115,8 +117,10 @@ class _Context:
         ran: Callable[[tuple[torch.Size, ...]], None],
         workspace: torch.Tensor | None,
         profiles: EngineProfiles,
+        tf32: bool,
     ) -> None:
         self._flavour = flavour
+        self._tf32 = tf32
         self._profiles = profiles
         self._context = context
         self._host = host
@@ -188,7 +192,7 @@ class _Context:
     def _set_shapes(self, shapes: tuple[torch.Size, ...]) -> None:
         before, self._shapes = self._shapes, ()  # a failure half-way leaves nothing that looks valid
         stream, capturing = torch.cuda.current_stream(self._device), torch.cuda.is_current_stream_capturing()
-        if select_profile(self._context, self._profiles, shapes, stream, capturing):
+        if select_profile(self._context, self._profiles, shapes, stream, capturing, self._environment):
             before, self._addresses = (), [0] * len(self._names)  # TensorRT wants all of them anew
         for index, ((name, _), shape) in enumerate(zip(self._inputs, shapes, strict=True)):
             if before and before[index] == shape:
@@ -203,6 +207,9 @@ class _Context:
             self._known.clear()
         self._known[shapes] = self._output_shapes
         self._shapes = shapes
+
+    def _environment(self) -> AbstractContextManager[None]:
+        return tf32_environment(self._flavour, self._tf32)
 
     def _infer_shapes(self) -> list[tuple[int, ...] | None]:
         """Shapes of the outputs, now that those of the inputs are set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -150,3 +151,77 @@ def test_products_of_many_rows(backend: str, device: torch.device) -> None:
             expected = module(x)
         similar = F.cosine_similarity(converted(x).flatten(), expected.flatten(), 0)
         assert float(similar) > 0.9999
+
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+class Scaled(torch.nn.Module):
+    """A linear layer, an activation and a product: the bias was forgotten, or no context could be made."""
+
+    def __init__(self, activation: str, factor: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up, self.both = (torch.nn.Linear(16, size) for size in (32, 32, 64))
+        self.activation, self.factor = activation, factor
+
+    def forward(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        if self.factor == "chunk":
+            y, factor = self.both(x).chunk(2, -1)
+        else:
+            y = factor = self.gate(x)
+        a = ACTIVATIONS[self.activation](y)
+        if self.factor == "parts":
+            a = y * 0.5 * (1.0 + torch.erf(y / 2**0.5))
+        factors = {"row": s, "parts": s, "constant": 1.7, "itself": a, "source": y, "chunk": factor}
+        return a * (self.up(x) if self.factor == "gate" else factors[self.factor])
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("factor", ["row", "gate", "constant", "itself", "source", "chunk", "parts"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_that_is_multiplied(
+    activation: str, factor: str, axes: int, backend: str, device: torch.device
+) -> None:
+    if factor == "parts" and activation != "gelu":
+        pytest.skip("GELU alone has parts")
+    dims = {name: {0: tb.Dim("batch", min=1, opt=4, max=64)} for name in ("x", "s")}
+    for dtype in (torch.float32, torch.float16):
+        module = Scaled(activation, factor).eval().to(device, dtype)
+        shape = (4, 16) if axes == 2 else (4, 5, 16)
+        example = (
+            torch.randn(shape, device=device, dtype=dtype),
+            torch.rand((*shape[:-1], 1), device=device).to(dtype),
+        )
+        converted = tb.convert(module, example, dynamic_shapes=dims, backend=backend)
+        bound = 1e-4 if dtype is torch.float32 else 1e-2
+        for batch in (1, 4, 33):
+            args = [torch.rand(batch, *t.shape[1:], device=device).to(dtype) * 2 - 0.5 for t in example]
+            with torch.no_grad():
+                torch.testing.assert_close(converted(*args), module(*args), rtol=bound, atol=bound)
+
+
+class Lifted(torch.nn.Module):
+    """A number for each image of a convolution's: it read addresses that are none."""
+
+    def __init__(self, edge: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = torch.nn.Conv2d(8, 16, edge, padding=edge // 2)
+
+    def forward(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return self.image(x) + s
+
+
+@pytest.mark.parametrize("edge", [1, 3])
+def test_a_number_for_each_image(edge: int, backend: str, device: torch.device) -> None:
+    dims = {name: {0: tb.Dim("batch", min=1, opt=4, max=64)} for name in ("x", "s")}
+    for dtype in (torch.float32, torch.float16):
+        module = Lifted(edge).eval().to(device, dtype)
+        example = (torch.randn(4, 8, 6, 6, device=device, dtype=dtype), torch.rand(4, 1, 1, 1, device=device).to(dtype))
+        converted = tb.convert(module, example, dynamic_shapes=dims, backend=backend)
+        bound = 1e-4 if dtype is torch.float32 else 1e-2
+        for batch in (1, 4, 33):
+            args = [torch.rand(batch, *t.shape[1:], device=device).to(dtype) for t in example]
+            with torch.no_grad():
+                torch.testing.assert_close(converted(*args), module(*args), rtol=bound, atol=bound)
