@@ -170,6 +170,16 @@ def test_shape_arithmetic_does_not_cross_boundaries() -> None:
     assert {spec.name for spec in plan.segments[0].inputs} == {"p", "x"}
 
 
+def test_what_is_made_of_weights_does_not_cross_boundaries() -> None:
+    weight = "w = Constant<value = float[4,4] {1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8}>() t = Transpose(w)"
+    plan = _plan(f"{weight} a = MatMul(x, t) {_plugin('p', 'a')} y = MatMul(p, t)")
+    assert _order(plan) == [["Constant", "MatMul", "Transpose"], ("p",), ["Constant", "MatMul", "Transpose"]]
+    assert [[spec.name for spec in segment.inputs] for segment in plan.segments] == [["x"], ["p"]]
+    noise = "r = RandomNormal<shape = [4, 4]>()"
+    plan = _plan(f"{noise} a = MatMul(x, r) {_plugin('p', 'a')} y = MatMul(p, r)")
+    assert [[spec.name for spec in segment.inputs] for segment in plan.segments] == [["x"], ["p", "r"]]
+
+
 def test_results_that_are_inputs_or_plugin_outputs_need_no_engine() -> None:
     plan = _plan(f"{_plugin('p', 'x')} y = Identity(p) z = Identity(x)", outputs="float[N,4] y, float[N,4] z")
     assert _order(plan) == [("p",)]
