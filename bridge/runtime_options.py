@@ -32,8 +32,8 @@ class RuntimeOptions:
             graphs, in place of one for each.
         kernel_specialization: TensorRT-RTX: what it does when it meets new sizes: "lazy" compiles kernels for them in
             the background and runs general ones meanwhile, "eager" compiles them before it runs, "none" always runs
-            general ones. None is "eager" with ``cuda_graphs``, since a graph keeps the kernels of its capture, and else
-            leaves it to the library ("lazy").
+            general ones. None is "eager" where calls may become CUDA graphs, which keep the kernels of their capture,
+            and else leaves it to the library ("lazy").
     """
 
     cuda_graphs: bool | str = "auto"
