@@ -18,6 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,7 @@ def main() -> int:
     parser.add_argument("--models", default="", help="names, or parts of names, of models, separated by commas")
     parser.add_argument("--workers", type=int, default=6, help="processes at once in the phases without a clock")
     parser.add_argument("--convert-timeout", type=float, default=300, metavar="S", help="for one model")
+    parser.add_argument("--part-limit", type=float, default=900, metavar="S", help="a part is ended after so long")
     parser.add_argument("--prebuilt", type=Path, help="keep the converted models here, and use those that are there")
     parser.add_argument("pytest_options", nargs="*", metavar="-- PYTEST OPTIONS")
     options = parser.parse_args()
@@ -120,7 +122,7 @@ def run(options: argparse.Namespace, scratch: Path) -> Record:
         workers = [] if part in ALONE else spread
         if files := files_of(part):
             path = scratch / f"{part}.json"
-            records.append(run_pytest(files, [*workers, *options.pytest_options], own, path))
+            records.append(run_pytest(files, [*workers, *options.pytest_options], own, path, options.part_limit))
             keep()
     if "models" in parts:
         folder = options.prebuilt or scratch / "prebuilt"
@@ -133,18 +135,28 @@ def run(options: argparse.Namespace, scratch: Path) -> Record:
             else []
         )
         path = scratch / "models.json"
-        records.append(run_pytest(files_of("models"), [*chosen, *options.pytest_options], environment, path))
+        records.append(
+            run_pytest(files_of("models"), [*chosen, *options.pytest_options], environment, path, options.part_limit)
+        )
         keep()
     return merge(records)
 
 
-def run_pytest(files: Sequence[str], options: Sequence[str], environment: Mapping[str, str], path: Path) -> Record:
-    """Run test files in a pytest of their own; a process that dies leaves the record up to there."""
+def run_pytest(
+    files: Sequence[str], options: Sequence[str], environment: Mapping[str, str], path: Path, limit_s: float
+) -> Record:
+    """Run test files in a pytest of their own; a process that dies, or is ended, leaves the record up to there."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "--durations=10"]
     command += ["--show-capture=no", *options, *(str(TESTS / name) for name in files)]
     started = time.monotonic()
     child_environment = dict(environment, TRTBRIDGE_GPU_REPORT_JSON=str(path))
-    status = subprocess.run(command, cwd=ROOT, env=child_environment, check=False).returncode
+    with subprocess.Popen(command, cwd=ROOT, env=child_environment, start_new_session=True) as child:
+        try:
+            status = child.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            say(f"{' '.join(files)}: ended after {limit_s:.0f} s")
+            os.killpg(child.pid, signal.SIGKILL)  # the workers too
+            status = child.wait()
     say(f"{' '.join(files)}: pytest ended with status {status} after {time.monotonic() - started:.0f} s")
     if not path.exists():
         raise SystemExit(f"pytest left no record (status {status}); its words are above")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,7 +41,13 @@ def test_all_parts_run_each_file_once(gpu_check: ModuleType, tmp_path: Path, mon
     monkeypatch.setattr(gpu_check, "run_pytest", run_pytest)
     monkeypatch.setattr(gpu_check, "prebuild", lambda *arguments: None)
     options = argparse.Namespace(
-        parts=",".join(gpu_check.PARTS), workers=2, json=None, pytest_options=[], models="", prebuilt=tmp_path
+        parts=",".join(gpu_check.PARTS),
+        workers=2,
+        json=None,
+        pytest_options=[],
+        models="",
+        prebuilt=tmp_path,
+        part_limit=9.0,
     )
     gpu_check.run(options, tmp_path)
     assert sorted(ran) == FILES
@@ -62,3 +70,25 @@ def test_a_table_that_nobody_named_is_shown(gpu_check: ModuleType) -> None:
     text = gpu_check.render({"environments": [about], "tests": {"tests/gpu/test_x.py::test_y": test}})
     assert "## New thing\n\n| us |\n| --- |\n| 1.5 |" in text
     assert "## Seconds" not in text
+
+
+def test_a_part_that_takes_too_long_is_ended_and_its_record_kept(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python, marker, record = tmp_path / "python", tmp_path / "alive", tmp_path / "record.json"
+    known = {
+        "environment": {},
+        "tests": {"first": {"outcome": "passed", "seconds": 1, "rows": []}},
+        "running": ["second"],
+    }
+    python.write_text(
+        f"#!/bin/sh\necho '{json.dumps(known)}' > $TRTBRIDGE_GPU_REPORT_JSON\n(sleep 30; touch {marker}) &\nwait\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu_check.sys, "executable", str(python))
+    found = gpu_check.run_pytest(["test_slow.py"], [], {"PATH": os.environ["PATH"]}, record, 3.0)
+    assert found["tests"]["first"]["outcome"] == "passed"
+    assert found["tests"]["second"] == {
+        "seconds": 0.0, "rows": [], "outcome": "failed", "words": "pytest died in it, with status -9",
+    }  # fmt: skip
+    assert not marker.exists()
