@@ -27,6 +27,7 @@ _Run = Callable[[Sequence[torch.Tensor], Lane], list[torch.Tensor]]
 _Key = tuple[torch.Size, ...]
 
 _CALLS_TIMED = 10
+_SECONDS_TIMED = 0.02  # that a round takes about, where calls are not shorter or longer anyway
 _ROUNDS_TIMED = 3
 _MOST_FAILURES = 3  # captures that fail one after the other, of different shapes, before none is tried any more
 _PATIENCE = 4  # a graph makes room for another after so many calls without it, times the number of graphs
@@ -105,17 +106,21 @@ class Capturer:
         def plain() -> None:
             self._run(captured.inputs, captured.lane)
 
-        best = [float("inf"), float("inf")]
+        def seconds(call: Callable[[], None], calls: int) -> float:
+            self._stream.synchronize()
+            started = time.perf_counter()
+            for _ in range(calls):
+                call()
+            self._stream.synchronize()
+            return (time.perf_counter() - started) / calls
+
         with self._on_own_stream():
-            for _ in range(_ROUNDS_TIMED):
-                for index, call in enumerate((captured.replay, plain)):
-                    self._stream.synchronize()
-                    started = time.perf_counter()
-                    for _ in range(_CALLS_TIMED):
-                        call()
-                    self._stream.synchronize()
-                    best[index] = min(best[index], time.perf_counter() - started)
-        logger.info("a replay takes %.3f ms, a plain call %.3f ms", *(1e3 * t / _CALLS_TIMED for t in best))
+            # Of a call that takes long one round tells enough: what a replay saves is microseconds a kernel.
+            once = seconds(plain, 1)
+            calls = max(1, min(_CALLS_TIMED, round(_SECONDS_TIMED / max(once, 1e-6))))
+            rounds = _ROUNDS_TIMED if calls > 1 else 1
+            best = [min(seconds(call, calls) for _ in range(rounds)) for call in (captured.replay, plain)]
+        logger.info("a replay takes %.3f ms, a plain call %.3f ms", *(1e3 * t for t in best))
         return best[0] < best[1]
 
     @contextmanager
