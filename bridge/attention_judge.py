@@ -18,6 +18,7 @@ import onnx
 import torch
 
 from ..errors import BuildError, TrtBridgeError, UnsupportedOpError
+from ..plugins.captures import end_failed_capture
 from .attention_blocks import BlockPair
 from .backends.base import Backend, BuildOptions, Context, Engine
 from .cache import write_atomically
@@ -250,7 +251,7 @@ def _replay(context: Context, inputs: list[torch.Tensor], stream: torch.cuda.Str
             held = context(inputs)
     except (TrtBridgeError, RuntimeError) as error:
         logger.debug("a block is timed without a CUDA graph: %s", error)
-        torch.cuda.synchronize()
+        end_failed_capture(stream.device)
         return lambda: context(inputs)
 
     alive = (context, inputs, held)  # the graph has their addresses alone

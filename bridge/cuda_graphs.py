@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..plugins.captures import end_failed_capture
 from .lanes import Lane, StreamOrder
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Capturer:
                     graph.capture_end()
                 except RuntimeError as error:  # it says once more that the capture has failed
                     logger.debug("%s", error)
+                end_failed_capture(self._device)
                 raise
             graph.capture_end()
         return Captured(graph.replay, static, outputs, lane)

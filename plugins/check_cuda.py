@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from .captures import end_failed_capture
 from .check_report import Finding
 from .check_samples import Call, flat_results
 from .check_values import Subject, _words
@@ -63,7 +64,7 @@ def check_graph(subject: Subject) -> Iterator[Finding]:
             with torch.cuda.graph(graph):
                 results = flat_results(static.run(subject.op))
         except Exception as error:
-            _end_capture(subject.device)
+            end_failed_capture(subject.device)
             while isinstance(error.__context__, Exception):  # the end of a failed capture fails with less telling words
                 error = error.__context__
             todo = (
@@ -85,13 +86,6 @@ def check_graph(subject: Subject) -> Iterator[Finding]:
                 yield Finding("cuda graph", "error", f"a replay with {when} is wrong: {text}; {call}", todo)
                 return
     yield Finding("cuda graph", "ok", "captured and replayed with other values")
-
-
-def _end_capture(device: torch.device) -> None:
-    """After a capture that failed torch's generator takes every draw for part of it, until the end of another one."""
-    torch.cuda.synchronize(device)
-    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.zeros(1, device=device)
 
 
 @contextmanager

@@ -306,6 +306,34 @@ def test_a_call_that_fails_leaves_the_next_one_right(backend: str, cuda: torch.d
     assert module.stats().captured_graphs == 1
 
 
+def test_a_plugin_that_cannot_be_captured_runs_plainly(
+    backend: str, cuda: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It draws, then waits for the GPU: after the captures that fail, torch's generator draws as before."""
+
+    @torch.library.custom_op("trtbridge_gpu_calls::waits", mutates_args=())
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        noise = torch.rand_like(x)
+        return x + 1 if float(noise.sum()) >= 0 else noise
+
+    waits.register_fake(torch.empty_like)
+
+    class Waits(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.trtbridge_gpu_calls.waits(x * 2) * 3
+
+    x = torch.ones(4, 3, device=cuda)
+    module = tb.convert(
+        Waits(), (x,), dynamic_shapes={"x": {0: BATCH}}, backend=backend, plugin_host="segments", cuda_graphs="auto"
+    )
+    for batch in (1, 2, 3, 4):
+        for _ in range(3):
+            torch.testing.assert_close(module(x[:batch]), x[:batch] * 6 + 3)
+            assert torch.rand(8, device=cuda).std() > 0
+    assert module.stats().graph_captures == 0
+    assert "a call cannot be captured" in caplog.text
+
+
 def test_a_replay_is_no_slower_than_a_plain_call(make: Make, cuda: torch.device, report: Report) -> None:
     """Numbers for the report alone."""
     given = arguments(4, cuda)
