@@ -55,8 +55,9 @@ class Flavour:
         builds_without_gpu: engines can be compiled ahead of time on any machine.
         jit: kernels are compiled when an engine first runs, and can be kept.
         refits: the builder makes refittable engines (BuilderFlag.REFIT); else weights are inputs (`trt_weights`).
-            TensorRT-RTX 1.6.1 refuses each such engine that it was asked for, with a GPU (an H200: "MyelinCheckException:
-            hfc.cpp:120 target_sm '90' does not have arch kind assigned") and without; 1.7.1 was seen to without.
+            TensorRT-RTX 1.6.1 refused all such engines that it was asked for, with a GPU (on an H200, words were
+            "MyelinCheckException: hfc.cpp:120 target_sm '90' does not have arch kind assigned") and without; 1.7.1 was
+            asked without one, and refused too.
     """
 
     name: str

@@ -269,7 +269,9 @@ def _shaped_by_weights(network: trt.INetworkDefinition, names: list[str]) -> str
     """What is wrong with weights that are inputs, or "": sizes have to be constants."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)] if names else []
     shapes = [tensor.name for tensor in inputs if tensor.name in names and tensor.is_shape_tensor]
-    return f"sizes are computed of these weights, which cannot be exchanged later: {', '.join(shapes)}" if shapes else ""
+    return (
+        f"sizes are computed of these weights, which cannot be exchanged later: {', '.join(shapes)}" if shapes else ""
+    )
 
 
 def _add_profiles(

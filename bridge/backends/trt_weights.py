@@ -90,9 +90,7 @@ def weight_parts(
     return parts, {"refit": "inputs", "weight_input_bytes": size, "stripped": strip_weights}
 
 
-def exchange_parts(
-    engine: Engine, weights: Mapping[str, ir.TensorProtocol]
-) -> dict[str, bytes | memoryview]:
+def exchange_parts(engine: Engine, weights: Mapping[str, ir.TensorProtocol]) -> dict[str, bytes | memoryview]:
     """The parts of `weight_parts` with other weights.
 
     Raises:
