@@ -183,7 +183,7 @@ class RunningProgram:
         """
         if self.device.type != "cuda":
             return False
-        exchanges = []
+        exchanges: list[Callable[[], None]] = []
         for step, executable in zip(program.steps, self._executables, strict=True):
             if isinstance(step, EngineStep):
                 done = executable.exchange(step.engine) if isinstance(executable, Exchanging) else None

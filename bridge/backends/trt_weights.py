@@ -114,7 +114,8 @@ def _read_table(engine: Engine) -> onnx.ModelProto:
     if missing := [part for part in (TABLE_PART, WEIGHTS_PART) if part not in engine.parts]:
         raise ModelFileError(f"The engine lacks {' and '.join(missing)}; it has {sorted(engine.parts)}. Convert again.")
     try:
-        return onnx.ModelProto.FromString(bytes(engine.parts[TABLE_PART]))
+        table: onnx.ModelProto = onnx.ModelProto.FromString(bytes(engine.parts[TABLE_PART]))
+        return table
     except Exception as error:  # protobuf's DecodeError
         raise ModelFileError(f"{TABLE_PART} of the engine is damaged: {error}. Convert again.") from error
 
@@ -136,7 +137,7 @@ class DeviceWeights:
     """
 
     def __init__(self, engine: Engine, device: torch.device, names: frozenset[str]) -> None:
-        host, offsets = _on_host(engine)
+        host, offsets = weights_on_host(engine)
         with torch.inference_mode(False), torch.no_grad():  # other weights are copied into it, in whatever mode
             self._memory = torch.empty(max(host.numel(), 1), dtype=torch.uint8, device=device)
         self._copy(host)
@@ -167,7 +168,7 @@ class DeviceWeights:
         Raises:
             RefitError, ModelFileError: it has none, or others than this one.
         """
-        host, offsets = _on_host(engine)
+        host, offsets = weights_on_host(engine)
         if offsets != self._offsets or host.numel() > self._memory.numel():
             raise RefitError("The weights are laid out in another way than those of the engine: load it anew.")
         return lambda: self._copy(host)
@@ -178,8 +179,16 @@ class DeviceWeights:
             torch.cuda.current_stream().synchronize()  # calls come on other streams
 
 
-def _on_host(engine: Engine) -> tuple[torch.Tensor, dict[str, int]]:
-    """(bytes,) uint8 of all weights of an engine, and where each begins."""
+def weights_on_host(engine: Engine) -> tuple[torch.Tensor, dict[str, int]]:
+    """All weights of an engine whose weights are inputs, and where each begins.
+
+    Returns:
+        (bytes,) uint8 on the CPU, which may be the engine's own part; offsets by name, multiples of 256 bytes.
+
+    Raises:
+        RefitError: it was built without weights and has got none.
+        ModelFileError: its parts are damaged.
+    """
     table = _read_table(engine)
     if any(map(is_left_out, stand_ins(table))):
         raise RefitError("The engine was saved without weights, and has got none.")
@@ -191,4 +200,4 @@ def _on_host(engine: Engine) -> tuple[torch.Tensor, dict[str, int]]:
     }
     # torch warns of memory that it must not write to, such as a file's.
     data = part if not part.readonly else np.array(np.frombuffer(part, np.uint8))
-    return torch.frombuffer(data, dtype=torch.uint8), offsets
+    return torch.frombuffer(data, dtype=torch.uint8) if len(part) else torch.empty(0, dtype=torch.uint8), offsets
