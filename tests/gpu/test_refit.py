@@ -1,4 +1,4 @@
-"""New weights for real engines: refitted, in place where weights are inputs, stripped, streamed; and what that costs."""
+"""New weights for real engines: refitted, in place where weights are inputs; stripped, streamed; what that costs."""
 
 from __future__ import annotations
 
