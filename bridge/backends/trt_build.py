@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,7 +279,7 @@ def _add_profiles(
     network: trt.INetworkDefinition,
     config: trt.IBuilderConfig,
     profiles: list[dict[str, list[tuple[int, int, int]]]],
-    fixed: list[str],
+    fixed: Sequence[str] = (),
 ) -> str:
     """Give every dynamic input its range in every profile, in order; returns what is wrong, or ""."""
     dynamic = []
