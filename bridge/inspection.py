@@ -53,6 +53,7 @@ class EngineInspection:
         layers: what it was fused into; None where nobody can tell here, or nobody asked.
         plugins: (op, place in the user's program) of each plugin inside it.
         profiles: how many optimization profiles it has, 0 where it does not tell.
+        refit: how it takes other weights, "engine" or "inputs" (see `Engine`); "" where it does not, or does not tell.
     """
 
     name: str
@@ -66,6 +67,7 @@ class EngineInspection:
     layers: EngineLayers | None = None
     plugins: tuple[tuple[str, str], ...] = ()
     profiles: int = 0
+    refit: str = ""
 
     @property
     def fusions(self) -> tuple[Fusion, ...]:
@@ -95,6 +97,8 @@ class EngineInspection:
             sizes = ", ".join(f"{size_text(size)} {dtype}" for dtype, size in self.weights.bytes_by_dtype.items())
             shared = f"; {self.weights.shared} ({size_text(self.weights.shared_bytes)}) read by several nodes"
             lines.append(f"  weights: {self.weights.count} ({sizes}{shared if self.weights.shared else ''})")
+        if self.refit:
+            lines.append(f"  refittable: {'weights are its inputs' if self.refit == 'inputs' else 'weights are in it'}")
         if self.layers is not None:
             lines += [f"  {line}" for line in self._describe_layers(self.layers)]
         return lines + [f"  plugin {op} inside it; from {place}" for op, place in self.plugins]
@@ -211,6 +215,7 @@ def _engine(name: str, engine: Engine, device: torch.device, fusions: bool) -> E
         weights=read_weights(info),
         layers=get_backend(engine.backend).layers(engine, device) if fusions else None,
         profiles=len(info.get("profiles", ())),
+        refit=str(info.get("refit", "")),
         plugins=tuple((plugin["op"], plugin["place"]) for plugin in info.get("plugins", ())),
     )
 

@@ -116,8 +116,8 @@ class LanePool:
             return self._idle.pop()
 
     @contextmanager
-    def all_idle(self) -> Iterator[None]:
-        """Wait until no call is under way, keep new ones from beginning, and forget all lanes in the end."""
+    def all_idle(self, keep: bool = False) -> Iterator[None]:
+        """Wait until no call is under way, keep new ones from beginning, and unless told to keep forget all lanes."""
         with self._changed:
             while self._closed:
                 self._changed.wait()
@@ -128,7 +128,8 @@ class LanePool:
             yield
         finally:
             with self._changed:
-                self._idle.clear()
-                self._made = 0
+                if not keep:
+                    self._idle.clear()
+                    self._made = 0
                 self._closed = False
                 self._changed.notify_all()

@@ -154,9 +154,11 @@ class EngineModule(torch.nn.Module):
     def refit(self, weights: Weights) -> None:
         """Take other weights, without a rebuild: all engines, or none where they do not fit.
 
-        Calls that are running end with the old weights, later ones have the new ones. While it works there are two
-        copies of the weights on the device. Calls of `bind` follow; CUDA graphs that a caller captured do not, nor does
-        an original that runs on sizes out of range.
+        Calls that are running end with the old weights, later ones have the new ones; calls of `bind` follow, an
+        original that runs on sizes out of range does not. Where weights are inputs of the engines (TensorRT-RTX,
+        `Engine.info`), the new ones take the old ones' place on the device, and CUDA graphs that a caller captured have
+        them too: replay none meanwhile. Elsewhere such graphs keep the old ones, and while it works there are two
+        copies of the weights on the device.
 
         Args:
             weights: a module like the one that was converted, or its state dict; whole, with the same names, types and
@@ -170,6 +172,11 @@ class EngineModule(torch.nn.Module):
         with self._refit_lock:
             program = refit_program(self.program, weights, self.device)
             if not runs_here(self.device):
+                self.program = program
+                return
+            with self._load_lock:
+                running = self._running
+            if running is not None and running.exchange(program):
                 self.program = program
                 return
             fresh = RunningProgram(program, self.device, self._cache_folder, options=self.options)

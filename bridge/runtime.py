@@ -14,7 +14,7 @@ import torch
 from ..errors import ExecutionError
 from .annotation import current_mark
 from .backends import get_backend
-from .backends.base import Backend, Executable
+from .backends.base import Backend, Exchanging, Executable
 from .cuda_graphs import Captured, Capturer, GraphCache, capture_id
 from .dtypes import to_torch
 from .lanes import Lane, LanePool
@@ -56,7 +56,8 @@ class RunningProgram:
         self._outputs = [
             (program.aliases.get(spec.name, spec.name), to_torch(spec.dtype)) for spec in program.signature.outputs
         ]
-        self._constants = {name: tensor.to(device) for name, tensor in program.constants.items()}
+        with torch.inference_mode(False):  # they may be written to later, in whatever mode
+            self._constants = {name: tensor.to(device) for name, tensor in program.constants.items()}
         problem = capture_problem(program)
         loading = dataclasses.replace(options, cuda_graphs=False) if problem else options
         self._steps: list[RunStep] = []
@@ -166,12 +167,48 @@ class RunningProgram:
         What happens to the engines inside is seen by the next call: they may be changed in place, or replaced in the
         list that this yields (one entry a step, None for a plugin). Graphs that a caller captured keep their contexts.
         """
-        with self._graphs.lock if self._graphs is not None else nullcontext(), self._lanes.all_idle():
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+        with self._at_rest(keep=False):
             if self._graphs is not None:
                 self._graphs.clear()
             yield self._executables
+
+    def exchange(self, program: Program) -> bool:
+        """Take the weights of a program in place, where all engines can: contexts and CUDA graphs stay, a caller's too.
+
+        Args:
+            program: differs from the one that runs in its weights alone.
+
+        Returns:
+            Whether that was done; where not, nothing has changed, and the program must be loaded anew.
+
+        Raises:
+            RefitError, ModelFileError: an engine's weights cannot be read; nothing has changed.
+        """
+        if self.device.type != "cuda":
+            return False
+        exchanges: list[Callable[[], None]] = []
+        for step, executable in zip(program.steps, self._executables, strict=True):
+            if isinstance(step, EngineStep):
+                done = executable.exchange(step.engine) if isinstance(executable, Exchanging) else None
+                if done is None:
+                    return False
+                exchanges.append(done)
+        changed = program.recipes.constants if program.recipes is not None else ()
+        with self._at_rest(keep=True), torch.no_grad():
+            for exchange in exchanges:
+                exchange()
+            for name in changed:
+                self._constants[name].copy_(program.constants[name])
+            torch.cuda.synchronize(self.device)
+        return True
+
+    @contextmanager
+    def _at_rest(self, keep: bool) -> Iterator[None]:
+        """No call is under way on the host or on the device, and none begins."""
+        with self._graphs.lock if self._graphs is not None else nullcontext(), self._lanes.all_idle(keep):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            yield
 
     @property
     def workspace_bytes(self) -> int:

@@ -89,6 +89,7 @@ def gather_stats(program: Program, device: torch.device, running: RunningProgram
     found = [read_weights(engine.info) for engine in program.engines]
     weights = [facts.size_bytes for facts in found if facts is not None]
     workspace = counters.get("workspace_bytes")
+    beside = sum(int(engine.info.get("weight_input_bytes", 0)) for engine in program.engines)  # torch allocates these
     return Stats(
         calls=counters["calls"],
         graph_replays=counters.get("graph_replays"),
@@ -104,7 +105,7 @@ def gather_stats(program: Program, device: torch.device, running: RunningProgram
         engine_bytes=program.size_bytes,
         weights_bytes=sum(weights) if len(weights) == len(found) else None,
         workspace_bytes=workspace,
-        peak_memory_bytes=_peak(device, program.size_bytes + (workspace or 0)),
+        peak_memory_bytes=_peak(device, program.size_bytes - beside + (workspace or 0)),
     )
 
 

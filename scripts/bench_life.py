@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ LIFE_MODELS = ("resnet50", "bert_base")
 REFIT_BOUND = 0.1
 """Most of a full convert's time that a refit may take."""
 LEAST_COSINE = 0.99
+CALLS = 30
 TWO_GPUS = "two GPUs"
 LEAST_SPEEDUP = 1.9
 TORCHRUN = ROOT / "examples" / "torchrun_throughput.py"
@@ -48,8 +50,10 @@ def life(model: str, settings: Settings, keep: Keep) -> list[Row]:
             synchronize()
             first = time.perf_counter() - started
             expected = leaves(of(*given.args, **given.kwargs))
+            calls = [_seconds(made, given) for _ in range(2 * CALLS)][CALLS:]
         rows.append({"way": way, "seconds": round(seconds, 3), "first_call_s": round(first, 3),
-                     "bytes": made.program.size_bytes, **compare(found, expected), **facts})  # fmt: skip
+                     "call_ms": round(statistics.median(calls) * 1e3, 4), "bytes": made.program.size_bytes,
+                     **compare(found, expected), **facts})  # fmt: skip
         if way != "convert" and any(row["way"] == "convert" for row in rows):
             whole = next(row["seconds"] for row in rows if row["way"] == "convert")
             rows[-1]["ratio"] = round(seconds / whole, 5)
@@ -94,6 +98,14 @@ def life(model: str, settings: Settings, keep: Keep) -> list[Row]:
         add("refit", refit, changed)
     keep(rows)
     return rows
+
+
+def _seconds(module: Callable[..., Any], given: Any) -> float:
+    """Of one call, waited for."""
+    started = time.perf_counter()
+    module(*given.args, **given.kwargs)
+    synchronize()
+    return time.perf_counter() - started
 
 
 def lacks_cache() -> str:

@@ -8,7 +8,10 @@ with other weights, and the outputs compared with eager. Times are medians of wa
 * convert: ``tb.convert`` of the new module, engines loaded; once a repeat;
 * rebuild: the part of it that a conversion with everything else remembered would still do, its stages ``build`` and the
   load of the engines;
-* refit: ``module.refit(new)``, with the load of the engines; ``of which weights`` is `refit_program` alone.
+* refit: ``module.refit(new)``, with the load of the engines where these cannot take weights in place; ``of which
+  weights`` is `refit_program` alone;
+* call, call when refittable: one call, waited for, of the module converted without and with ``refittable=True``:
+  kernels cannot be made for weights that may change.
 
 The backend is the first of tensorrt, tensorrt_rtx and onnxruntime that runs here. Exit status: 0, or 1 where outputs
 are wrong after a refit.
@@ -41,6 +44,8 @@ TITLES = {"resnet50": "ResNet-50, (1, 3, 224, 224)", "bert-base": "BERT-base, (1
 LIMIT = 1e-3
 """Largest L2 norm of the outputs' error over that of eager's."""
 
+CALLS = 30
+
 Row = dict[str, Any]
 
 
@@ -71,6 +76,11 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
+def call_seconds(module: tb.EngineModule, args: tuple[Any, ...]) -> float:
+    """Median time of a call, after as many that are not counted: kernels are compiled and CUDA graphs captured then."""
+    return statistics.median([timed(lambda: module(*args))[0] for _ in range(2 * CALLS)][CALLS:])
+
+
 def measure(name: str, backend: str, repeats: int) -> Row:
     """One model's row."""
     device = torch.device("cpu" if backend == "onnxruntime" else "cuda")
@@ -94,6 +104,7 @@ def measure(name: str, backend: str, repeats: int) -> Row:
     row |= {"model": name, "error": float((got - expected).norm() / expected.norm())}
     stripped = tb.convert(module, args, backend=backend, strip_weights=True)
     plain = tb.convert(module, args, backend=backend)
+    row |= {"call": call_seconds(plain, args), "call_refittable": call_seconds(fast, args)}
     with tempfile.TemporaryDirectory() as folder:
         for key, program in (("plain", plain), ("refittable", fast), ("stripped", stripped)):
             path = Path(folder) / f"{key}.trtb"
@@ -125,10 +136,15 @@ def report(rows: list[Row], backend: str, repeats: int) -> str:
             f"| {row['refit']:.2f} | {row['weights']:.2f} | {row['refit'] / row['convert']:.3f} "
             f"| {row['refit'] / row['rebuild']:.2f} | {row['error']:.1e} |"
         )
-    lines += ["", "| model | file | refittable | without weights | seconds to fill it |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| model | file | refittable | without weights | seconds to fill it | call, ms | call when refittable, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         sizes = " | ".join(f"{row[f'{key}_bytes'] / 1e6:.2f} MB" for key in ("plain", "refittable", "stripped"))
-        lines.append(f"| {TITLES[row['model']]} | {sizes} | {row['fill']:.2f} |")
+        calls = " | ".join(f"{row[key] * 1e3:.3f}" for key in ("call", "call_refittable"))
+        lines.append(f"| {TITLES[row['model']]} | {sizes} | {row['fill']:.2f} | {calls} |")
     if backend == "onnxruntime":
         lines += [
             "",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import onnx
 import onnx_ir as ir
@@ -88,7 +88,8 @@ class Engine:
         parts: named blobs (for TensorRT ``engine.plan``; for ONNX Runtime ``model.onnx`` and ``weights.bin``).
         info: JSON-ready facts: versions, compute capability, layers (name, type, precision), options used, and
             ``plugins``, those inside the engine (op, node, place in the user's program), and ``stripped``, whether it
-            lacks its weights.
+            lacks its weights. On TensorRT ``refit`` says how it takes others: "engine", the library exchanges those in
+            the plan, or "inputs", they lie beside it (``weight_input_bytes`` of them).
         inputs: binding specs in the order that the executable takes them.
         outputs: binding specs in the order that the executable returns them.
     """
@@ -182,6 +183,25 @@ class Executable(Protocol):
 
         Raises:
             ExecutionError: there is no memory for it.
+        """
+        ...
+
+
+@runtime_checkable
+class Exchanging(Protocol):
+    """An executable that may take other weights while its contexts, and the CUDA graphs of them, stay."""
+
+    def exchange(self, engine: Engine) -> Callable[[], None] | None:
+        """What puts the weights of an engine in the place of its own.
+
+        Args:
+            engine: differs in its weights alone from the one that is loaded (`Backend.refit`).
+
+        Returns:
+            To be called while no context runs; it waits until it is done. None where the engine must be loaded anew.
+
+        Raises:
+            RefitError, ModelFileError: the engine has no such weights, or is damaged.
         """
         ...
 

@@ -6,7 +6,7 @@ others (a sum over nothing) the engine carries the segment's ONNX graph too, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from ...plugins.sizes import names_in
 from ..dims import evaluate_shape
 from ..dtypes import to_torch
 from ..model import TensorSpec
-from .base import BuildOptions, Context, Engine, Executable, Segment
+from .base import BuildOptions, Context, Engine, Exchanging, Executable, Segment
 from .onnxruntime import OnnxRuntimeBackend
 from .ort_session import MODEL_PART, with_provenance
 
@@ -88,6 +88,18 @@ class EmptySafe:
         self._engine = engine
         self._executable = executable
         self._fallback: Context | None = None
+
+    def exchange(self, engine: Engine) -> Callable[[], None] | None:
+        """See `Exchanging`."""
+        inner = self._executable.exchange(engine) if isinstance(self._executable, Exchanging) else None
+        if inner is None:
+            return None
+
+        def put() -> None:
+            inner()
+            self._engine, self._fallback = engine, None
+
+        return put
 
     def new_context(self, workspace: torch.Tensor | None = None) -> Context:
         context = self._executable.new_context(workspace)

@@ -54,6 +54,10 @@ class Flavour:
         extra: what to install it with.
         builds_without_gpu: engines can be compiled ahead of time on any machine.
         jit: kernels are compiled when an engine first runs, and can be kept.
+        refits: the builder makes refittable engines (BuilderFlag.REFIT); else weights are inputs (`trt_weights`).
+            TensorRT-RTX 1.6.1 refused all such engines that it was asked for, with a GPU (on an H200, words were
+            "MyelinCheckException: hfc.cpp:120 target_sm '90' does not have arch kind assigned") and without; 1.7.1 was
+            asked without one, and refused too.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Flavour:
     extra: str
     builds_without_gpu: bool
     jit: bool
+    refits: bool
 
     @property
     def is_installed(self) -> bool:
@@ -84,8 +89,8 @@ class Flavour:
 
 
 FLAVOURS = {
-    "tensorrt": Flavour("tensorrt", "TensorRT", "tensorrt", builds_without_gpu=False, jit=False),
-    "tensorrt_rtx": Flavour("tensorrt_rtx", "TensorRT-RTX", "rtx", builds_without_gpu=True, jit=True),
+    "tensorrt": Flavour("tensorrt", "TensorRT", "tensorrt", builds_without_gpu=False, jit=False, refits=True),
+    "tensorrt_rtx": Flavour("tensorrt_rtx", "TensorRT-RTX", "rtx", builds_without_gpu=True, jit=True, refits=False),
 }
 
 

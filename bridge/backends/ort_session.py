@@ -68,6 +68,7 @@ def pack(
     name: str,
     report: Progress,
     left_out: Collection[str] = (),
+    alignment: int = _ALIGNMENT_BYTES,
 ) -> np.ndarray:
     """Copy weights into one buffer, and make the stand-ins point into it.
 
@@ -77,6 +78,7 @@ def pack(
         name: of the engine, for errors.
         report: told the part of the bytes that is copied.
         left_out: stand-ins that point nowhere afterwards.
+        alignment: of each weight in the buffer, in bytes.
 
     Returns:
         the buffer, (bytes,) uint8, aligned as its parts are.
@@ -97,13 +99,13 @@ def pack(
                 f"{name}: weight {tensor.name!r} is {weight.dtype.name}{list(weight.shape.numpy())}, the graph "
                 f"says {ir.DataType(tensor.data_type).name}{list(tensor.dims)}."
             )
-        total = -(-total // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        total = -(-total // alignment) * alignment
         del tensor.external_data[:]
         for key, value in (("location", WEIGHTS_PART), ("offset", total), ("length", weight.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
         total += weight.nbytes
-    storage = np.zeros(total + _ALIGNMENT_BYTES, np.uint8)
-    start = -storage.ctypes.data % _ALIGNMENT_BYTES
+    storage = np.zeros(total + alignment, np.uint8)
+    start = -storage.ctypes.data % alignment
     buffer = storage[start : start + total]
     for tensor in placed:
         weight = weights[tensor.name]

@@ -51,6 +51,7 @@ from .trt_fit import identity, made_for, misfit, words_of_invalidity
 from .trt_layers import TrtLayerProfiler, inspect_layers
 from .trt_refit import SKELETON_PART, make_skeleton, refit_plan
 from .trt_run import ENGINE_PART, TensorRtExecutable
+from .trt_weights import TABLE_PART, exchange_parts, weight_inputs, weight_parts, with_weight_inputs
 
 if TYPE_CHECKING:
     from ..plan import PluginCall
@@ -88,6 +89,12 @@ class TensorRtBackend:
 
     def check_options(self, options: BuildOptions) -> None:
         find_capabilities(self.flavour, options.compute_capabilities)
+        if options.refittable and options.weight_streaming_bytes is not None and not self.flavour.refits:
+            raise OptionError(
+                f"weight_streaming_bytes streams the weights that are in an engine, and those of a refittable one of "
+                f"{self.flavour.title} lie beside it, on the device: leave out one of weight_streaming_bytes and "
+                "refittable (strip_weights)."
+            )
 
     def check_runtime(self, options: RuntimeOptions) -> None:
         if options.kernel_specialization is not None and not self.flavour.jit:
@@ -117,7 +124,7 @@ class TensorRtBackend:
         self._require_build()
         with _job(self.flavour, segment, options, parse_only=True) as folder:
             outcome = _run(self.flavour, folder, segment, options, None)
-            refusals = find_refusals(self.flavour, outcome, segment)
+            refusals = find_refusals(self.flavour, outcome, segment, weight_inputs(self.flavour, segment, options))
             if outcome.error and not refusals:
                 raise BuildError(failure_words(self.flavour, segment, outcome))
             return refusals
@@ -125,9 +132,10 @@ class TensorRtBackend:
     def build(self, segment: Segment, options: BuildOptions, progress: Progress | None = None) -> Engine:
         self._require_build()
         started = time.perf_counter()
+        inputs = weight_inputs(self.flavour, segment, options)
         with _job(self.flavour, segment, options, parse_only=False) as folder:
             outcome = _run(self.flavour, folder, segment, options, progress)
-            refusals = find_refusals(self.flavour, outcome, segment)
+            refusals = find_refusals(self.flavour, outcome, segment, inputs)
             if refusals:
                 raise UnsupportedOpError(describe_refusals(self.flavour.title, refusals), refusals)
             if outcome.error:
@@ -147,14 +155,23 @@ class TensorRtBackend:
             "profiles": EngineProfiles.of(segment.inputs).to_json(),
         }
         parts, info["empty"] = empty_parts(segment, options.strip_weights)
-        if _refittable(segment, options):
+        if _built_in(self.flavour, segment, options):
             parts[SKELETON_PART] = make_skeleton(parsed_graph(self.flavour, segment), segment)
-            info["stripped"] = options.strip_weights
+            info |= {"refit": "engine", "stripped": options.strip_weights}
+        beside, facts = weight_parts(segment, inputs, options.strip_weights)
+        parts |= beside
+        info |= facts
         if options.weight_streaming_bytes is not None:
             info["weight_streaming_bytes"] = options.weight_streaming_bytes
         return Engine(self.name, {ENGINE_PART: plan, **parts}, info, segment.inputs, segment.outputs)
 
     def refit(self, engine: Engine, weights: Mapping[str, ir.TensorProtocol], device: torch.device) -> Engine:
+        if TABLE_PART in engine.parts:
+            parts, empty = refit_empty(engine, weights)
+            info = {**engine.info, "stripped": False, "empty": empty}
+            return dataclasses.replace(
+                engine, parts={**engine.parts, **parts, **exchange_parts(engine, weights)}, info=info
+            )
         if SKELETON_PART not in engine.parts:
             return engine  # it holds no weight of the module
         if not torch.cuda.is_available():
@@ -273,13 +290,16 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
             + "\nState a bound: max_data_size for all of them, tb.Dim in output_shapes for one that a result has, or "
             "torch._check(size <= bound) in the model."
         )
+    inputs = weight_inputs(flavour, segment, options)
     # The engine is about as large as the weights, and both are in the folder at the end.
     size = 2 * sum(weight.nbytes for weight in segment.weights.values())
     with tempfile.TemporaryDirectory(prefix="trtbridge-", dir=_scratch_folder(size)) as name:
         folder = Path(name)
         try:
-            (folder / "model.onnx").write_bytes(parsed_graph(flavour, segment).SerializeToString())
-            entries = _write_weights(folder / "weights.bin", segment.weights)
+            proto = with_weight_inputs(parsed_graph(flavour, segment), inputs)
+            (folder / "model.onnx").write_bytes(proto.SerializeToString())
+            inside = {name: weight for name, weight in segment.weights.items() if name not in inputs}
+            entries = _write_weights(folder / "weights.bin", inside)
         except OSError as error:
             raise BuildError(
                 f"The files for the builder cannot be written to {folder}: {error}. Make room, or set $TMPDIR.",
@@ -297,8 +317,9 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
             gpu_present=torch.cuda.is_available(),
             plugins=bool(hosted_plugins(segment)),
             timings="" if parse_only else _timings(flavour, options),
-            refittable=sorted(_refittable(segment, options)),
+            refittable=sorted(_built_in(flavour, segment, options)),
             strip_weights=options.strip_weights,
+            weight_inputs=sorted(inputs),
             stream_weights=options.weight_streaming_bytes is not None,
         )
         (folder / "job.json").write_text(json.dumps(vars(job)))
@@ -314,10 +335,11 @@ def _timings(flavour: Flavour, options: BuildOptions) -> str:
     return "" if folder is None else str(timing_file(folder.absolute(), flavour.module().__version__, gpu))
 
 
-def _refittable(segment: Segment, options: BuildOptions) -> set[str]:
-    """The weights of an engine that may be exchanged; a part of a segment, built to find a culprit, has some."""
-    own = {tensor.name for tensor in segment.proto.graph.initializer} if options.refittable else set()
-    return own & segment.refittable
+def _built_in(flavour: Flavour, segment: Segment, options: BuildOptions) -> set[str]:
+    """The weights in a plan that may be exchanged; a part of a segment, built to find a culprit, has some."""
+    if not options.refittable or not flavour.refits:
+        return set()
+    return {tensor.name for tensor in segment.proto.graph.initializer} & segment.refittable
 
 
 def _scratch_folder(size_bytes: int) -> str | None:

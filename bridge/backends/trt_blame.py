@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -32,7 +32,17 @@ def parsed_graph(flavour: Flavour, segment: Segment) -> onnx.ModelProto:
     return avoid_faults(proto) if flavour.name == "tensorrt_rtx" else proto
 
 
-def find_refusals(flavour: Flavour, outcome: trt_build.Outcome, segment: Segment) -> list[Refusal]:
+def find_refusals(
+    flavour: Flavour, outcome: trt_build.Outcome, segment: Segment, weight_inputs: Collection[str] = ()
+) -> list[Refusal]:
+    """What the parser refused, as nodes of the segment.
+
+    Args:
+        flavour: the library.
+        outcome: what it said.
+        segment: the graph.
+        weight_inputs: its weights that were inputs.
+    """
     by_name = {node.name: node for node in segment.proto.graph.node if node.name}
     by_output = {name: node for node in segment.proto.graph.node for name in node.output if name}
     parsed = parsed_graph(flavour, segment).graph.node if outcome.refusals else ()
@@ -48,7 +58,10 @@ def find_refusals(flavour: Flavour, outcome: trt_build.Outcome, segment: Segment
             continue
         origin = next((segment.provenance[name] for name in node.output if name in segment.provenance), Origin())
         inputs = tuple(types.get(name, name) for name in node.input if name)
-        found.append(Refusal(node.name, node.op_type, tuple(node.output), entry["reason"], inputs, origin))
+        reason, exchanged = entry["reason"], [name for name in node.input if name in weight_inputs]
+        if exchanged:
+            reason += f" (to be refittable, {', '.join(exchanged)} is no constant of the engine but an input)"
+        found.append(Refusal(node.name, node.op_type, tuple(node.output), reason, inputs, origin))
     return found
 
 

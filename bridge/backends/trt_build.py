@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ class Job:
         timings: file of how long kernels took (`timing_cache`), "" for none.
         refittable: the weights that may be exchanged later; the engine is built for that where there are any.
         strip_weights: leave those out of the engine.
+        weight_inputs: the inputs of the network that are weights, of fixed shapes and in no profile.
         stream_weights: weights may lie on the host while the engine runs.
     """
 
@@ -64,6 +65,7 @@ class Job:
     timings: str = ""
     refittable: list[str] = field(default_factory=list)
     strip_weights: bool = False
+    weight_inputs: list[str] = field(default_factory=list)
     stream_weights: bool = False
 
 
@@ -174,7 +176,11 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
         config.set_flag(trt.BuilderFlag.REFIT)
     if job.refittable and job.strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-    problem = _add_profiles(builder, network, config, job.profiles)
+    problem = _shaped_by_weights(network, job.weight_inputs)
+    if problem:
+        outcome.error, outcome.graph_at_fault = problem, False
+        return
+    problem = _add_profiles(builder, network, config, job.profiles, job.weight_inputs)
     if problem:
         outcome.error = problem
         return
@@ -186,8 +192,7 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
                 config.clear_flag(flag)
             if builder.build_serialized_network(network, config) is not None:
                 outcome.graph_at_fault = False
-                where = "" if job.gpu_present else " on a machine without a GPU: build it on one that has the GPU"
-                outcome.error = f"it builds this engine, but not a refittable one{where}"
+                outcome.error = "it builds this engine, but not a refittable one"
         return
     with (folder / "engine.plan").open("wb") as file:
         file.write(memoryview(engine))
@@ -260,16 +265,28 @@ def _parse(
     return None, parser, refusals
 
 
+def _shaped_by_weights(network: trt.INetworkDefinition, names: list[str]) -> str:
+    """What is wrong with weights that are inputs, or "": sizes have to be constants."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)] if names else []
+    shapes = [tensor.name for tensor in inputs if tensor.name in names and tensor.is_shape_tensor]
+    return (
+        f"sizes are computed of these weights, which cannot be exchanged later: {', '.join(shapes)}" if shapes else ""
+    )
+
+
 def _add_profiles(
     builder: trt.Builder,
     network: trt.INetworkDefinition,
     config: trt.IBuilderConfig,
     profiles: list[dict[str, list[tuple[int, int, int]]]],
+    fixed: Sequence[str] = (),
 ) -> str:
     """Give every dynamic input its range in every profile, in order; returns what is wrong, or ""."""
     dynamic = []
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
+        if tensor.name in fixed:
+            continue
         if tensor.is_shape_tensor:
             return f"input {tensor.name!r} is used as a shape, whose values have no range; make it a Python number"
         # An input may be fixed within each profile and differ between them.

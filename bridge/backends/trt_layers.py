@@ -21,6 +21,7 @@ from .plugin_nodes import require_ops
 from .rtx_plan import read_plan
 from .trt_outputs import SizedByData
 from .trt_run import ENGINE_PART
+from .trt_weights import TABLE_PART, DeviceWeights
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -64,6 +65,15 @@ class _Loaded:
                 f"{loaded.device_memory_size_v2 >> 20} MiB of device memory."
             )
         self.context: trt.IExecutionContext = made
+
+    def give_weights(self, engine: Engine) -> DeviceWeights | None:
+        """Bind the weights of an engine that has them as inputs; they must live as long as the context runs."""
+        if TABLE_PART not in engine.parts:
+            return None
+        names = frozenset(self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors))
+        weights = DeviceWeights(engine, self.device, names)
+        weights.bind(self.context)
+        return weights
 
     def inspect(self, flavour: Flavour, nodes: Mapping[str, object]) -> EngineLayers:
         """What the engine's inspector says, for the shapes that the context has now."""
@@ -132,6 +142,7 @@ class TrtLayerProfiler:
         self._plan = engine.parts[ENGINE_PART]
         self._loaded = _Loaded(flavour, engine, device, cache_dir)
         self._device = self._loaded.device
+        self._weights = self._loaded.give_weights(engine)
         self._inputs = [(spec.name, to_torch(spec.dtype)) for spec in engine.inputs]
         self._outputs = [(spec.name, to_torch(spec.dtype)) for spec in engine.outputs]
         self._reported: list[tuple[str, float]] = []

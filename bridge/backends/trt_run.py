@@ -19,7 +19,8 @@ from .flavour import Flavour, JitCache, tf32_environment
 from .plugin_nodes import require_ops
 from .trt_outputs import SizedByData
 from .trt_profiles import select_profile
-from .trt_refit import stream_weights
+from .trt_refit import SKELETON_PART, stream_weights
+from .trt_weights import TABLE_PART, DeviceWeights
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -72,15 +73,24 @@ class TensorRtExecutable:
             self._jit_file = JitCacheFile(cache_dir, plan, f"{flavour.name}-{trt.__version__}") if flavour.jit else None
             blob = self._jit_file.read() if self._jit_file else None
             self._jit = JitCache(flavour, loaded, blob, kernel_specialization)
+            names = frozenset(loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors))
+            self._weights = DeviceWeights(engine, self.device, names) if TABLE_PART in engine.parts else None
+        self._has_own_weights = SKELETON_PART in engine.parts
         self.workspace_bytes = int(loaded.device_memory_size_v2)  # of the profile that needs most
+
+    def exchange(self, engine: Engine) -> Callable[[], None] | None:
+        """See `Exchanging`: weights that are inputs are exchanged in place, those in the plan are not."""
+        if self._has_own_weights:
+            return None
+        return _nothing if self._weights is None else self._weights.exchange(engine)
 
     def new_context(self, workspace: torch.Tensor | None = None) -> Context:
         with torch.cuda.device(self.device), tf32_environment(self._flavour, self._tf32):
             made = self._jit.create_context(user_managed=workspace is not None)
         if made is None:
             raise ExecutionError(
-                f"{self._flavour.title} could not make an execution context on {self.device}: it needs "
-                f"{self.workspace_bytes >> 20} MiB of device memory."
+                f"{self._flavour.title} could not make an execution context on {self.device}. It needs "
+                f"{self.workspace_bytes >> 20} MiB of device memory; its own words are on standard error."
             )
         if workspace is not None:
             made.set_device_memory(workspace.data_ptr(), workspace.numel())
@@ -95,6 +105,7 @@ class TensorRtExecutable:
             workspace,
             self._profiles,
             self._tf32,
+            self._weights,
         )
 
     def _keep_kernels(self, shapes: tuple[torch.Size, ...]) -> None:
@@ -118,6 +129,7 @@ class _Context:
         workspace: torch.Tensor | None,
         profiles: EngineProfiles,
         tf32: bool,
+        weights: DeviceWeights | None,
     ) -> None:
         self._flavour = flavour
         self._tf32 = tf32
@@ -135,6 +147,8 @@ class _Context:
         self._known: dict[tuple[torch.Size, ...], list[tuple[int, ...] | None]] = {}
         self._addresses = [0] * len(self._names)  # as TensorRT has them
         self._sized: SizedByData | None = None
+        self._weights = weights
+        self._has_weights = weights is None
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         tensors = [t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in inputs]
@@ -152,7 +166,13 @@ class _Context:
             if tensor is not None and (address := tensor.data_ptr()) != self._addresses[index]:
                 self._context.set_tensor_address(self._names[index], address)
                 self._addresses[index] = address
-        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+        stream = torch.cuda.current_stream(self._device)
+        if self._weights is not None:
+            if not self._has_weights:
+                self._weights.bind(self._context)
+                self._has_weights = True
+            self._weights.used_on(stream)
+        if not self._context.execute_async_v3(stream.cuda_stream):
             self._fail(shapes)
         if not capturing:
             self._ran(shapes)
@@ -163,7 +183,7 @@ class _Context:
 
     def _fail(self, shapes: tuple[torch.Size, ...]) -> NoReturn:
         self._shapes = ()
-        self._addresses = [0] * len(self._names)
+        self._forget_addresses()
         _raise_failure(self._host)
         if self._sized is not None and self._sized.failure is not None:
             raise self._sized.failure
@@ -193,7 +213,8 @@ class _Context:
         before, self._shapes = self._shapes, ()  # a failure half-way leaves nothing that looks valid
         stream, capturing = torch.cuda.current_stream(self._device), torch.cuda.is_current_stream_capturing()
         if select_profile(self._context, self._profiles, shapes, stream, capturing, self._environment):
-            before, self._addresses = (), [0] * len(self._names)  # TensorRT wants all of them anew
+            before = ()
+            self._forget_addresses()  # TensorRT wants all of them anew
         for index, ((name, _), shape) in enumerate(zip(self._inputs, shapes, strict=True)):
             if before and before[index] == shape:
                 continue
@@ -211,6 +232,10 @@ class _Context:
     def _environment(self) -> AbstractContextManager[None]:
         return tf32_environment(self._flavour, self._tf32)
 
+    def _forget_addresses(self) -> None:
+        self._addresses = [0] * len(self._names)
+        self._has_weights = self._weights is None
+
     def _infer_shapes(self) -> list[tuple[int, ...] | None]:
         """Shapes of the outputs, now that those of the inputs are set."""
         missing = self._context.infer_shapes()
@@ -222,6 +247,10 @@ class _Context:
         if sized and self._sized is None:  # which ones they are does not change with the shapes
             self._sized = SizedByData(self._flavour, self._context, sized, self._device)
         return shapes
+
+
+def _nothing() -> None:
+    """Of an engine without weights that may be exchanged there is nothing to do."""
 
 
 def _raise_failure(host: PluginHost | None) -> None:

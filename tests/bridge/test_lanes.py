@@ -95,6 +95,17 @@ def test_all_idle_waits_for_calls_and_holds_new_ones_back() -> None:
     assert sorted(order[1:]) == ["called", "done"], "and gets new contexts"
 
 
+def test_all_idle_keeps_lanes_when_told_to() -> None:
+    pool = _pool(2)
+    first, second = pool.take(), pool.take()
+    pool.give(first)
+    pool.give(second)
+    with pool.all_idle(keep=True):
+        pass
+    assert pool.made == 2
+    assert {pool.take(), pool.take()} == {first, second}
+
+
 class Slow(torch.nn.Module):
     """An op in the middle that tells how many calls are in it."""
 
