@@ -27,7 +27,7 @@ from .precision_report import KeptNode, PrecisionReport
 from .precision_request import DEFAULT_TOLERANCE, TARGETS, Measurements, PrecisionRequest
 from .precision_search import Found, search
 from .quantize import Quantized, quantize
-from .quantize_probe import refused_products
+from .quantize_probe import refused_products, runner
 
 __all__ = ["NodeView", "PrecisionReport", "Refused", "convert_precision", "kept_by_user", "with_opset"]
 
@@ -173,7 +173,11 @@ class _Stage:
         if backend is not None and backend.name != "onnxruntime":
             ops = {node.op_type for node in model.proto.graph.node} & {*PRODUCTS}
             found = self.known.once(
-                "probe", model, lambda: refused_products(backend, self.options.build, kind, is_half, ops)
+                "probe",
+                model,
+                lambda: refused_products(
+                    backend, self.options.build, kind, is_half, ops, runner(backend, self.options.build)
+                ),
             )
             refused = found
         done: Quantized = quantize(model, ranges, kind, {**refused, **left_out})

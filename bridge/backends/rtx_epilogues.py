@@ -14,27 +14,30 @@ from onnx import helper, numpy_helper
 
 from .rtx_fault_rules import SUFFIX, Facts, Instead
 
-_THROUGH = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+_THROUGH = {"Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze"}
 _MOST_AXES = 7  # TensorRT has tensors of eight at most, and there is one more
-_FAR = 6  # nodes that a GELU in its parts has at most between its input and its output
+_FACTORS = 3  # of a GELU in its parts
 _AXIS = "trtbridge.epilogue_axis"
+_UNKNOWN = [None] * (_MOST_AXES + 1)
 
 
 def scale_apart(graph: onnx.GraphProto, facts: Facts) -> Instead:
-    """A product with a bias, ReLU or GELU, and a multiplication: the last in a kernel of its own.
+    """A product with a bias, ReLU or GELU, and a multiplication: not in one kernel.
 
     ::
 
         Mul(Relu(Gemm(x, w, b)), s)        Squeeze(Mul(Unsqueeze(Relu(Gemm(x, w, b))), s))
+        Mul(Gelu(Gemm(x, w, b)), s)        y = Gemm(x, w, b)    Mul(0.5 (y + y Erf(y / sqrt(2))), s)
 
     In place of the left side the kernel computes ``Relu(x w) s``, the bias forgotten; with products over three axes and
-    more no execution context can be made. It is so with every factor: another product (gated units), one number, the
-    activation itself; in float32 and float16; with GELU as a node, with tanh, or in its parts. With other activations
-    (SiLU, LeakyReLU, ReLU6, ELU, Mish ...), without a bias, behind a convolution, and with Add or Pow in place of Mul
-    it is right, and so is the right side, but for a GELU of a matrix and a constant, which is written out in an order
-    that the compiler does not know.
+    more no execution context can be made. It is so with every factor: another product or the other half of the same
+    one (gated units), one number, the activation itself; in float32 and float16; with GELU as a node, with tanh, or in
+    its parts. With other activations (SiLU, LeakyReLU, ReLU6, ELU, Mish ...), without a bias, behind a convolution, and
+    with Add or Pow in place of Mul it is right, and so is the right side: a ReLU's product is kept apart by one more
+    axis, which is not enough for GELU, so that is written out in an order that the compiler does not know.
     """
     instead = Instead({}, [])
+    places = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
     for index, node in enumerate(graph.node):
         if node.op_type != "Mul" or node.domain or len(node.input) != 2:
             continue
@@ -43,18 +46,15 @@ def scale_apart(graph: onnx.GraphProto, facts: Facts) -> Instead:
             if found is None or not _has_bias(found[1], facts):
                 continue
             kind, source = found
-            other = node.input[1 - position]
-            rank = len(facts.shapes.get(name, [None] * (_MOST_AXES + 1)))
-            of_matrix = rank <= 2 and _before_moves(name, facts) == name
-            if kind != "Relu" and of_matrix and _is_constant(other, facts):
-                made, constants = _written_out(node, kind, source, other, facts)
-                instead.constants.extend(constants)
-            elif rank <= _MOST_AXES:
-                made = _one_axis_more(node, position)
-            else:
+            if kind == "Relu":
+                if index not in instead.nodes and len(facts.shapes.get(name, _UNKNOWN)) <= _MOST_AXES:
+                    instead.nodes[index] = _one_axis_more(node, position)
                 continue
-            instead.nodes[index] = made
-            break
+            last = _before_moves(name, facts)
+            if places[last] not in instead.nodes:
+                made, constants = _written_out(graph.node[places[last]], kind, source, facts)
+                instead.nodes[places[last]] = made
+                instead.constants.extend(constants)
     return _with_axis(instead)
 
 
@@ -102,27 +102,51 @@ def _gelu_in_parts(last: onnx.NodeProto, facts: Facts) -> tuple[str, str] | None
     """``x * 0.5 * (1 + Erf(x / sqrt(2)))``, its factors in any order: the tensor x."""
     factors: list[str] = []
     pending = list(last.input)
-    while pending and len(factors) < _FAR:
+    while pending:
         name = pending.pop()
         maker = facts.makers.get(name)
         if maker is not None and maker.op_type == "Mul" and not maker.domain:
             pending += maker.input
         else:
             factors.append(name)
-    if pending or not any(_is_constant(name, facts) for name in factors):
+        if len(factors) + len(pending) > _FACTORS:
+            return None
+    halves = [name for name in factors if _is_number(name, 0.5, facts)]
+    others = [name for name in factors if name not in halves]
+    if len(halves) != 1 or len(others) != _FACTORS - 1:
         return None
-    for name in factors:
-        plus = facts.makers.get(name)
-        if plus is None or plus.op_type != "Add" or plus.domain:
+    for sum_, source in (others, others[::-1]):
+        erf = _other_operand(sum_, "Add", 1.0, facts)
+        maker = facts.makers.get(erf or "")
+        if maker is None or maker.op_type != "Erf":
             continue
-        for term in plus.input:
-            erf = facts.makers.get(term)
-            scaled = facts.makers.get(erf.input[0]) if erf is not None and erf.op_type == "Erf" else None
-            if scaled is not None and scaled.op_type in ("Div", "Mul"):
-                source = next((each for each in scaled.input if each in factors), None)
-                if source is not None:
-                    return "Erf", source
+        scaled = maker.input[0]
+        if source in (
+            _other_operand(scaled, "Mul", math.sqrt(0.5), facts),
+            _other_operand(scaled, "Div", math.sqrt(2), facts),
+        ):
+            return "Erf", source
     return None
+
+
+def _other_operand(name: str, op: str, number: float, facts: Facts) -> str | None:
+    """The operand beside a number of the operation that makes a tensor; None where it is made otherwise."""
+    maker = facts.makers.get(name)
+    if maker is None or maker.op_type != op or maker.domain:
+        return None
+    first, second = maker.input
+    if _is_number(second, number, facts):
+        return first
+    return second if op != "Div" and _is_number(first, number, facts) else None
+
+
+def _is_number(name: str, number: float, facts: Facts) -> bool:
+    tensor, maker = facts.initializers.get(name), facts.makers.get(name)
+    if tensor is None and maker is not None and maker.op_type == "Constant":
+        tensor = next((attribute.t for attribute in maker.attribute if attribute.name == "value"), None)
+    if tensor is None or math.prod(tensor.dims) != 1 or tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return False
+    return math.isclose(float(numpy_helper.to_array(tensor).reshape(())), number, rel_tol=1e-3)
 
 
 def _has_bias(name: str, facts: Facts) -> bool:
@@ -139,7 +163,7 @@ def _has_bias(name: str, facts: Facts) -> bool:
 
 
 def _before_moves(name: str, facts: Facts) -> str:
-    """The tensor that a tensor is, in another shape."""
+    """The tensor that a tensor is, or is a part of, in another shape."""
     maker = facts.makers.get(name)
     while maker is not None and maker.op_type in _THROUGH and not maker.domain:
         name = maker.input[0]
@@ -165,9 +189,9 @@ def _one_axis_more(node: onnx.NodeProto, position: int) -> list[onnx.NodeProto]:
 
 
 def _written_out(
-    node: onnx.NodeProto, kind: str, source: str, other: str, facts: Facts
+    node: onnx.NodeProto, kind: str, source: str, facts: Facts
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """``0.5 (x + x f(x)) c``, in float32: with f the error function of ``x / sqrt(2)``, or the tangent close to it."""
+    """``0.5 (x + x f(x))``, in float32: with f the error function of ``x / sqrt(2)``, or the tangent close to it."""
     name, out = f"{node.name}{SUFFIX}", f"{node.output[0]}{SUFFIX}"
     element = facts.types.get(node.output[0]) or facts.types.get(source) or onnx.TensorProto.FLOAT
     constants: list[onnx.TensorProto] = []
@@ -189,11 +213,11 @@ def _written_out(
         cube = step("Mul", [step("Mul", [x, x], "square"), x], "cube")
         inner = step("Add", [x, step("Mul", [cube, number(0.044715, "share")], "bent")], "sum")
         inner = step("Mul", [inner, number(math.sqrt(2 / math.pi), "root")], "scaled")
-    whole = step("Add", [x, step("Mul", [x, step(kind, [inner], "f")], "part")], "whole")
-    half = step("Mul", [whole, number(0.5, "half")], "halved")
+    step("Add", [x, step("Mul", [x, step(kind, [inner], "f")], "part")], "whole")
+    step("Mul", [f"{out}.whole", number(0.5, "half")], "halved")
     if not is_float32:
-        half = step("Cast", [half], "back", to=element)
-    made.append(helper.make_node("Mul", [half, other], [node.output[0]], node.name))
+        step("Cast", [f"{out}.halved"], "back", to=element)
+    made[-1].name, made[-1].output[0] = node.name, node.output[0]
     return made, constants
 
 

@@ -26,7 +26,7 @@ from trtbridge.bridge.onnx_file import read_onnx
 from trtbridge.bridge.options import Options
 from trtbridge.bridge.planner import Planner
 from trtbridge.bridge.quantize import Quantized, quantize
-from trtbridge.bridge.quantize_probe import refused_products
+from trtbridge.bridge.quantize_probe import refused_products, runner
 from trtbridge.errors import OptionError
 
 PAIR = {"QuantizeLinear", "DequantizeLinear"}
@@ -369,6 +369,29 @@ def test_the_probe_asks_the_backend():
     found = refused_products(get_backend("tensorrt_rtx"), BuildOptions(), "int8", False, {"Conv", "MatMul", "Gemm"})
     assert set(found) == (set() if trt.__version__ >= "1.7" else {"Conv"})
     assert refused_products(get_backend("onnxruntime"), BuildOptions(), "fp8", True, {"ConvTranspose"}) == {}
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("is_half", [False, True], ids=["float32", "float16"])
+def test_the_probe_holds_what_runs_against_the_right_numbers(kind, is_half):
+    backend, asked = get_backend("onnxruntime"), {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+    def right(engine, data):
+        (result,) = backend.load(engine, torch.device("cpu")).new_context()([data])
+        return result
+
+    def wrong(engine, data):
+        return right(engine, data) * (float("inf") if len(engine.outputs[0].shape) == 2 else 1.03)
+
+    def fails(engine, data):
+        raise tb.ExecutionError("no such kernel")
+
+    assert refused_products(backend, BuildOptions(), kind, is_half, asked, right) == {}
+    found = refused_products(backend, BuildOptions(), kind, is_half, asked, wrong)
+    assert set(found) == asked
+    assert found["Gemm"].endswith(f"computes Gemm over {kind} wrongly here: off by inf of the largest result")
+    assert "no such kernel" in refused_products(backend, BuildOptions(), kind, is_half, {"Gemm"}, fails)["Gemm"]
+    assert runner(backend, BuildOptions()) is None
 
 
 def test_what_the_builder_refuses_over_8_bits_is_left_as_it_is(monkeypatch):

@@ -19,24 +19,31 @@ IMAGE = "m = Reshape(x, image) c = Conv(m, filter, bias) t = Reshape(s, numbers)
 APART = {
     "a factor for each row": LINEAR + "a = Relu(y) z = Mul(a, s)",
     "the factor first": LINEAR + "a = Relu(y) z = Mul(s, a)",
-    "a gated unit": LINEAR + "a = Gelu(y) k = MatMul(x, v) z = Mul(a, k)",
+    "a gated unit": LINEAR + "a = Relu(y) k = MatMul(x, v) z = Mul(a, k)",
     "its square": LINEAR + "a = Relu(y) z = Mul(a, a)",
-    "what it is of": LINEAR + 'a = Gelu<approximate = "tanh">(y) z = Mul(a, y)',
+    "what it is of": LINEAR + "a = Relu(y) z = Mul(a, y)",
     "a constant": LINEAR + "a = Relu(y) z = Mul(a, half)",
-    "GELU in parts": LINEAR + PARTS + "z = Mul(a, s)",
-    "GELU in parts, by halves first": (
-        LINEAR + "e = Mul(y, root) f = Erf(e) g = Add(one, f) h = Mul(y, half) a = Mul(h, g) z = Mul(a, s)"
-    ),
     "a sum of its own": "p = MatMul(x, v) y = Add(b, p) a = Relu(y) z = Mul(a, s)",
+    "moves in between": LINEAR + "n = Reshape(y, flat) a = Relu(n) k = Reshape(a, flat) z = Mul(k, s)",
+    "halves of one product": LINEAR
+    + "n, k = Split<axis = 1>(y, twos) a = Relu(n) t = Mul(a, k) z = Concat<axis = 1>(t, k)",
+}
+WRITTEN = {
+    "a constant": LINEAR + "a = Gelu(y) z = Mul(a, half)",
+    "the other GELU": LINEAR + 'a = Gelu<approximate = "tanh">(y) z = Mul(half, a)',
+    "a gated unit": LINEAR + "a = Gelu(y) k = MatMul(x, v) z = Mul(a, k)",
+    "what it is of": LINEAR + 'a = Gelu<approximate = "tanh">(y) z = Mul(a, y)',
+    "its square": LINEAR + "a = Gelu(y) z = Mul(a, a)",
+    "in parts": LINEAR + PARTS + "z = Mul(a, b)",
+    "in parts, by halves first": (
+        LINEAR + "e = Mul(y, shrunk) f = Erf(e) g = Add(one, f) h = Mul(y, half) a = Mul(h, g) z = Mul(a, s)"
+    ),
     "three axes": (
         "u = Reshape(x, threefold) p = MatMul(u, v) y = Add(p, b) a = Gelu(y) r = Mul(a, half) z = Reshape(r, flat)"
     ),
-    "moves in between": LINEAR + "n = Reshape(y, flat) a = Relu(n) k = Reshape(a, flat) z = Mul(k, s)",
-}
-WRITTEN = {
-    "GELU of a matrix and a constant": LINEAR + "a = Gelu(y) z = Mul(a, half)",
-    "the other GELU": LINEAR + 'a = Gelu<approximate = "tanh">(y) z = Mul(half, a)',
-    "in parts": LINEAR + PARTS + "z = Mul(a, b)",
+    "halves of one product": LINEAR
+    + "n, k = Split<axis = 1>(y, twos) a = Gelu(n) t = Mul(k, a) z = Concat<axis = 1>(t, k)",
+    "two products of it": LINEAR + "a = Gelu(y) k = Mul(a, s) n = Mul(a, half) z = Add(k, n)",
 }
 ADDED = {
     "a number for each image": IMAGE + "q = Add(c, t) z = ReduceSum<keepdims = 0>(q, spots)",
@@ -50,6 +57,13 @@ FINE = {
     "SiLU": LINEAR + "a = Sigmoid(y) k = Mul(a, y) z = Mul(k, s)",
     "a sum": LINEAR + "a = Relu(y) z = Add(a, s)",
     "something in between": LINEAR + "a = Relu(y) k = Add(a, one) z = Mul(k, s)",
+    "no GELU, as it is scaled otherwise": (
+        LINEAR + "e = Mul(y, root) f = Erf(e) g = Add(one, f) h = Mul(y, half) a = Mul(h, g) z = Mul(a, s)"
+    ),
+    "no GELU, as it is of two tensors": (
+        LINEAR
+        + "k = MatMul(x, v) e = Div(k, root) f = Erf(e) g = Add(f, one) h = Mul(y, g) a = Mul(h, half) z = Mul(a, s)"
+    ),
     "no activation": LINEAR + "z = Mul(y, s)",
     "a product of two inputs and a sum": "p = MatMul(x, v) y = Add(p, p) a = Relu(y) z = Mul(a, s)",
     "a convolution by a number": IMAGE + "q = Mul(c, t) z = ReduceSum<keepdims = 0>(q, spots)",
@@ -64,10 +78,17 @@ def model(body: str) -> onnx.ModelProto:
     rng = np.random.default_rng(2)
     numbers = {
         "w": rng.standard_normal((4, 5)), "v": rng.standard_normal((5, 4)), "b": rng.standard_normal(4),
-        "half": np.array(0.5), "one": np.array(1.0), "root": np.array(2**0.5),
+        "half": np.array(0.5), "one": np.array(1.0), "root": np.array(2**0.5), "shrunk": np.array(0.5**0.5),
         "filter": rng.standard_normal((2, 1, 1, 3)), "bias": np.array([1, -1]), "channel": np.ones((1, 2, 1, 1)),
     }  # fmt: skip
-    sizes = {"image": [3, 1, 1, 5], "numbers": [3, 1, 1, 1], "threefold": [1, 3, 5], "flat": [3, 4], "spots": [2, 3]}
+    sizes = {
+        "image": [3, 1, 1, 5],
+        "numbers": [3, 1, 1, 1],
+        "threefold": [1, 3, 5],
+        "flat": [3, 4],
+        "spots": [2, 3],
+        "twos": [2, 2],
+    }
     kind = "two" if "ReduceSum" in body else "four"
     text = (
         f'<ir_version: 10, opset_import: ["" : 20]> g (float[3,5] x, float[3,1] s) => (float[3,{kind}] z) {{ {body} }}'
@@ -112,14 +133,18 @@ def test_the_last_operation_stands_apart(body: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_gelu_of_a_matrix_and_a_constant_is_written_out(name: str) -> None:
+def test_a_gelu_that_is_multiplied_is_written_out(name: str) -> None:
     before = model(WRITTEN[name])
     after = avoid_faults(before)
     onnx.checker.check_model(after, full_check=True)
     np.testing.assert_allclose(run(after), run(before), rtol=1e-5, atol=1e-6)
     assert "Gelu" not in ops(after)
-    assert ops(after)[-3:] == ["Add", "Mul", "Mul"]
-    assert {original_name(node.name) for node in after.graph.node} == {after.graph.node[-1].name, "node0"}
+    assert not any(node.op_type in ("Unsqueeze", "Squeeze") for node in after.graph.node)
+    (whole,) = (node for node in after.graph.node if node.name.endswith(".whole"))
+    (last,) = (node for node in after.graph.node if whole.output[0] in node.input)
+    assert last.output[0] == "a"
+    assert last.name in {node.name for node in before.graph.node}
+    assert {original_name(node.name) for node in after.graph.node} <= {node.name for node in before.graph.node}
 
 
 def test_halves_are_written_out_in_single_precision() -> None:
