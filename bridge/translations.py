@@ -27,9 +27,9 @@ def shared_translations(opset: int) -> Iterator[None]:
     table = translations(opset)
     original = ONNXRegistry.__dict__["from_torchlib"]
 
-    def from_torchlib(opset_version: int) -> Table:
-        if opset_version != opset:
-            return original.__func__(ONNXRegistry, opset_version)
+    def from_torchlib(*args: Any, **kwargs: Any) -> Table:
+        if args or kwargs != {"opset_version": opset}:
+            return original.__func__(ONNXRegistry, *args, **kwargs)
         copy = ONNXRegistry()
         copy._opset_version = opset
         copy.functions = {target: list(found) for target, found in table.functions.items()}  # the exporter adds to them

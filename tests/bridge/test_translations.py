@@ -64,6 +64,7 @@ def test_others_are_left_alone() -> None:
         mine.functions["aten::relu"].clear()
         assert copy.functions["aten::relu"], "what one does with its table is no other's business"
         assert ONNXRegistry.from_torchlib(opset_version=18).opset_version == 18
+        assert ONNXRegistry.from_torchlib().functions, "as others call it"
     assert ONNXRegistry.__dict__["from_torchlib"] is original
     assert contents(ONNXRegistry.from_torchlib(opset_version=20)) == contents(translations(20))
 
