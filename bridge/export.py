@@ -26,6 +26,7 @@ from .structure import Structure
 from .trace import MODULE, left_as_found, quiet, shorten, to_eval_mode, trace_module
 from .tracing import one_at_a_time
 from .translate_calls import call_translation
+from .translations import shared_translations
 from .untranslatable import (
     alike_calls,
     blamed_calls,
@@ -117,14 +118,15 @@ class ExportedModule:
                 if more:
                     return None, more
                 self._seen_translatable.append(True)  # more plugins change nothing about that
-            onnx_program = torch.onnx.export(
-                grafted,
-                dynamo=True,
-                opset_version=self.opset,
-                custom_translation_table=call_translation(),
-                optimize=False,  # done below, by our own rule
-                verbose=False,
-            )
+            with shared_translations(self.opset):
+                onnx_program = torch.onnx.export(
+                    grafted,
+                    dynamo=True,
+                    opset_version=self.opset,
+                    custom_translation_table=call_translation(),
+                    optimize=False,  # done below, by our own rule
+                    verbose=False,
+                )
             assert onnx_program is not None
             if self.parameters is not None:
                 mark(onnx_program.model, self.parameters, self.program.state_dict, f"{MODULE}.")

@@ -43,6 +43,7 @@ ul { margin: 8px 0 0; padding-left: 20px; } ul.bad-list { color: var(--bad); bac
 .row .fill { height: 9px; border-radius: 3px; background: var(--blue); } .row .fill.over { background: var(--bad); }
 .row .line { display: flex; justify-content: space-between; gap: 10px; font-size: .86em; }
 .row .line span { overflow-wrap: anywhere; } .row .line span:last-child { white-space: nowrap; }
+.whole { white-space: nowrap; }
 ol.layers { margin: 10px 0 0; padding-left: 0; list-style: none; }
 ol.layers li { border-top: 1px solid var(--rule); padding: 4px 0; }
 ol.layers li.wrong-layer { color: var(--bad); }
@@ -186,12 +187,13 @@ def _layers_section(found: Sequence[Any]) -> str:
         op = str(getattr(layer, "op_type", "") or getattr(layer, "op", ""))
         place = str(getattr(layer, "place", "") or "")
         words = " ".join(filter(None, [f"{index + 1}.", op, f"<code>{escape(name)}</code>", escape(place)]))
-        why = f": {escape(str(layer.wrong))}" if wrong[index] and isinstance(layer.wrong, str) else ""
+        why = f"; alone: {escape(layer.wrong)}" if wrong[index] and isinstance(layer.wrong, str) else ""
         kind = ' class="wrong-layer"' if wrong[index] else ""
-        rows.append(f"<li{kind}>{words}, error {number(errors[index])}{why}</li>")
+        rows.append(f'<li{kind}>{words}, <span class="whole">error {number(errors[index])}</span>{why}</li>')
     return (
-        f'<section><h2>Error by layer</h2><div class="plots"><div>{picture}</div>'
-        f'<div><ol class="layers small">{"".join(rows)}</ol></div></div></section>'
+        '<section><h2>Error by layer</h2><div class="plots">'
+        f"<div><h3>Relative error, wrong layers in red</h3>{picture}</div>"
+        f'<div><h3>Where it is largest or wrong</h3><ol class="layers small">{"".join(rows)}</ol></div></div></section>'
     )
 
 

@@ -50,14 +50,9 @@ def histogram(bars: Sequence[tuple[float, int]], marks: Sequence[tuple[str, floa
         _line(_LEFT, y(0), WIDTH - _RIGHT, y(0), "axis"),
         _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, "absolute error of a value", "middle"),
     ]
-    taken: list[float] = []
-    for name, value in marks:
-        if value > 0:
-            at = min(max(x(math.log10(value)), _LEFT), WIDTH - _RIGHT)
-            parts.append(_line(at, _TOP - 2, at, y(0), "mark"))
-            if all(abs(at - other) > 36 for other in taken):  # else the names would lie over one another
-                taken.append(at)
-                parts.append(_text(min(max(at, _LEFT + 16), WIDTH - 18), _TOP - 4, name, "middle", "small"))
+    lines = [(name, min(max(x(math.log10(value)), _LEFT), WIDTH - _RIGHT)) for name, value in marks if value > 0]
+    parts += [_line(at, _TOP - 2, at, y(0), "mark") for _, at in lines]
+    parts += _names_over(lines)
     return _svg(title, parts)
 
 
@@ -65,25 +60,34 @@ def layers(errors: Sequence[float], wrong: Sequence[bool], title: str) -> str:
     """The error layer by layer, on a logarithmic scale.
 
     Args:
-        errors: relative, in the order of the layers; 0 and what is not finite lie at the edges.
+        errors: relative, in the order of the layers; 0 and what is not finite have lines of their own at the edges.
         wrong: which of them are out of tolerance.
         title: read out where the plot cannot be seen.
     """
     logs = [math.log10(error) for error in errors if error > 0 and math.isfinite(error)]
     low = math.floor(min(logs, default=-8))
     high = max(low + 1, math.ceil(max(logs, default=0)))
+    every = _every(high - low)
+    ticks = [(float(exponent), power(exponent)) for exponent in range(low, high + 1, every)]
+    if any(error <= 0 for error in errors):
+        ticks.insert(0, (low - every, "0"))
+    if not all(map(math.isfinite, errors)):
+        ticks.append((high + every, "∞"))
+    bottom, top = ticks[0][0], max(high, ticks[-1][0])
 
     def x(index: float) -> float:
         return _LEFT + 4 + index / max(1, len(errors) - 1) * (WIDTH - _LEFT - _RIGHT - 8)
 
+    def height(exponent: float) -> float:
+        return HEIGHT - _BOTTOM - (exponent - bottom) / (top - bottom) * (HEIGHT - _TOP - _BOTTOM)
+
     def y(error: float) -> float:
-        exponent = low if error <= 0 else math.log10(error) if math.isfinite(error) else high
-        return HEIGHT - _BOTTOM - (exponent - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+        return height(bottom if error <= 0 else math.log10(error) if math.isfinite(error) else top)
 
     parts = []
-    for exponent in range(low, high + 1, _every(high - low)):
-        at = y(10.0**exponent)
-        parts += [_line(_LEFT, at, WIDTH - _RIGHT, at, "grid"), _text(_LEFT - 5, at + 4, power(exponent), "end")]
+    for exponent, words in ticks:
+        at = height(exponent)
+        parts += [_line(_LEFT, at, WIDTH - _RIGHT, at, "grid"), _text(_LEFT - 5, at + 4, words, "end")]
     points = " ".join(f"{x(i):.1f},{y(error):.1f}" for i, error in enumerate(errors))
     parts.append(f'<polyline class="curve" points="{points}"/>')
     for index, error in enumerate(errors):
@@ -97,6 +101,17 @@ def layers(errors: Sequence[float], wrong: Sequence[bool], title: str) -> str:
         _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, "layer, in the order of the graph", "middle"),
     ]
     return _svg(title, parts)
+
+
+def _names_over(lines: Sequence[tuple[str, float]]) -> list[str]:
+    """The names of marks, (name, x) from left to right, above their lines; of a close pair each on its own side."""
+    size = 34  # of a name, in pixels
+    if len(lines) == 2 and lines[1][1] - lines[0][1] < size + 4:
+        (name, left), (other, right) = lines
+        right = min(max(right, _LEFT + size + 6), WIDTH - size)
+        left = max(min(left, right - 6), _LEFT + size)
+        return [_text(left, _TOP - 4, name, "end", "small"), _text(right, _TOP - 4, other, "start", "small")]
+    return [_text(min(max(at, _LEFT + 16), WIDTH - 18), _TOP - 4, name, "middle", "small") for name, at in lines]
 
 
 def _decades(low: int, high: int, x: object) -> list[str]:

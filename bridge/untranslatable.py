@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .graft import CALL
+from .translations import translations
 
 # A line of the stack trace by which a node of the decomposed program tells which call it comes from. Decomposing keeps
 # stack traces and nothing else that the exporter hands on.
@@ -65,9 +66,9 @@ def find_untranslatable(program: torch.export.ExportedProgram, opset: int) -> di
     Returns:
         The reason by name of the call.
     """
-    from torch.onnx._internal.exporter import _decomp, _dispatching, _registration  # no public view of it exists
+    from torch.onnx._internal.exporter import _decomp, _dispatching  # no public view of it exists
 
-    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
+    registry = translations(opset)
 
     def is_translated(node: torch.fx.Node) -> bool:
         # Calls of Python's own operators are arithmetic over sizes, and assertions are left out.
@@ -99,7 +100,7 @@ def blamed_calls(error: BaseException, program: torch.export.ExportedProgram, op
 
     The exporter names nodes of the decomposed program, or of the program itself where decomposing fails.
     """
-    from torch.onnx._internal.exporter import _decomp, _registration
+    from torch.onnx._internal.exporter import _decomp
 
     executing: dict[str, str] = {}
     translating: dict[str, str] = {}
@@ -116,7 +117,7 @@ def blamed_calls(error: BaseException, program: torch.export.ExportedProgram, op
     found = {name: reason for name in executing if name in own}
     if found:
         return found
-    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
+    registry = translations(opset)
     table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
     forget_pending_sizes(program)
     decomposed = None

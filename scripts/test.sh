@@ -7,6 +7,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
 OTHER_RTX=1.7.1.116
+# Two workers of one thread each: more threads than cores wait for one another. Each worker begins with one half of the
+# tests in their order, so that what tests of a file share is made once, and takes from the other when it is done.
+WORKERS=(-n 2 --dist worksteal)
+export OMP_NUM_THREADS=1
 logs="$(mktemp -d)"
 trap 'rm -rf "$logs"' EXIT
 failed_checks=()
@@ -37,7 +41,7 @@ check "type check against TensorRT 10.16, 11.4, RTX 1.6 and RTX 1.7" "$PYTHON" s
 
 version() { "$PYTHON" -c 'import tensorrt_rtx; print(tensorrt_rtx.__version__)'; }
 
-tests "tests with TensorRT-RTX $(version)" -n 2 -m "not gpu and not slow"
+tests "tests with TensorRT-RTX $(version)" "${WORKERS[@]}" -m "not gpu and not slow"
 
 other="$VENV/rtx-$OTHER_RTX"
 if [[ ! -f "$other/installed" ]]; then
@@ -54,8 +58,8 @@ fi
 if [[ "$(version)" != "$OTHER_RTX" ]]; then
     failed_checks+=("TensorRT-RTX $OTHER_RTX in $other (found $(version))")
 fi
-tests "tests with TensorRT-RTX $(version)" -n 2 -m "rtx and not gpu and not slow"
-unset PYTHONPATH
+tests "tests with TensorRT-RTX $(version)" "${WORKERS[@]}" -m "rtx and not gpu and not slow"
+unset PYTHONPATH OMP_NUM_THREADS
 
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     tests "tests on the GPU" tests/gpu

@@ -157,12 +157,18 @@ SIGNATURE = """\
 """
 
 
-def _check(root: Path, files: dict[str, str]) -> tuple[int, list[str]]:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mypy's, empty at first: what both tests read of Python's and TensorRT's stubs is read once."""
+    return tmp_path_factory.mktemp("typecheck")
+
+
+def _check(root: Path, cache: Path, files: dict[str, str]) -> tuple[int, list[str]]:
     root.mkdir()
     (root / "__init__.py").touch()
     for name, text in files.items():
         (root / f"{name}.py").write_text(text)
-    command = [sys.executable, str(SCRIPT), "--root", str(root), "--cache", str(root.parent / "cache")]
+    command = [sys.executable, str(SCRIPT), "--root", str(root), "--cache", str(cache)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == NO_INDEX:
         pytest.skip(f"pip reaches no index with TensorRT's bindings: {done.stderr.splitlines()[0]}")
@@ -170,17 +176,18 @@ def _check(root: Path, files: dict[str, str]) -> tuple[int, list[str]]:
     return done.returncode, [line for line in done.stdout.splitlines() if ": error: " in line]
 
 
-def test_typecheck_right_code_passes_in_all_versions(tmp_path: Path) -> None:
+def test_typecheck_right_code_passes_in_all_versions(tmp_path: Path, cache: Path) -> None:
     """Code for both flavours, with version-specific parts under constants, has no errors."""
-    status, errors = _check(tmp_path / "package", {"right": RIGHT})
+    status, errors = _check(tmp_path / "package", cache, {"right": RIGHT})
     assert errors == []
     assert status == 0
 
 
-def test_typecheck_planted_mistakes_fail_for_the_versions_that_lack_the_name(tmp_path: Path) -> None:
+def test_typecheck_planted_mistakes_fail_for_the_versions_that_lack_the_name(tmp_path: Path, cache: Path) -> None:
     """Each planted mistake is an error in its own file, for exactly the versions that it should be one for."""
     status, errors = _check(
         tmp_path / "package",
+        cache,
         {name: HEAD + SIGNATURE + MODULE + "        " + body for name, (body, _) in PLANTED.items()},
     )
     assert status == 1

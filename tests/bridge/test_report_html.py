@@ -116,7 +116,7 @@ def test_layers_are_drawn_and_the_wrong_one_is_named() -> None:
     text = reported(0.5).to_html(layers=found)
     words = " ".join(Page(text).words)
     assert "culprit<1>" in words
-    assert "0.3 instead of 1e-3" in words
+    assert "; alone: 0.3 instead of 1e-3" in words
     assert "net.py:12 (encoder.0)" in words
     assert "unknown" not in words
     assert text.count('class="wrong"') == 1
@@ -127,6 +127,9 @@ def test_plots_are_xml_and_stay_inside_their_frame() -> None:
     bars = [(-8 + 0.25 * index, index * index) for index in range(30)]
     pictures = [
         histogram(bars, [("0.5", 1e-6), ("0.99", 2e-6), ("1", 0.0)], 'title "quoted" <b>'),
+        histogram(bars, [("50 %", 1.3e-7), ("99 %", 1.4e-7)], "two marks that nearly meet"),
+        histogram(bars, [("50 %", 1e-8), ("99 %", 1e-8)], "both at the left edge"),
+        histogram(bars, [("50 %", 0.1), ("99 %", 0.3)], "both at the right edge"),
         histogram([(0.0, 1)], [("0.5", 1e9)], "one bar"),
         histogram([(-40.0, 5), *((-39.75 + 0.25 * index, 0) for index in range(250)), (23.0, 1)], [], "all decades"),
         layers([0.0, 1e-7, float("inf"), 1e-2], [False, False, True, False], "layers"),
@@ -154,6 +157,31 @@ def test_plots_are_xml_and_stay_inside_their_frame() -> None:
             for other in labels:
                 if one is not other and abs(one[0] - other[0]) < 8:
                     assert one[2] <= other[1] or other[2] <= one[1], "two labels lie over each other"
+
+
+def test_close_marks_have_both_names() -> None:
+    bars = [(-8 + 0.25 * index, 1) for index in range(30)]
+    picture = histogram(bars, [("50 %", 1.3e-7), ("99 %", 1.4e-7)], "title")
+    assert picture.count('class="mark"') == 2
+    assert [picture.count(f">{name}<") for name in ("50 %", "99 %")] == [1, 1]
+
+
+def test_exact_layers_and_infinite_ones_have_lines_of_their_own() -> None:
+    def heights(errors: list[float]) -> tuple[list[str], list[float], list[float]]:
+        root = ET.fromstring(layers(errors, [False] * len(errors), "layers"))
+        ticks = [one for one in root if one.tag == "text" and one.attrib["text-anchor"] == "end"][:-1]
+        dots = [float(one.attrib["cy"]) for one in root if one.tag == "circle"]
+        return [one.text or "" for one in ticks], [float(one.attrib["y"]) - 4 for one in ticks], dots
+
+    names, ticks, dots = heights([0.0, 1e-7, float("inf"), 1e-5])
+    assert names == ["0", "10⁻⁷", "10⁻⁶", "10⁻⁵", "∞"]
+    assert dots == [ticks[0], ticks[1], ticks[4], ticks[3]]
+    assert heights([1e-7, 1e-5])[0] == ["10⁻⁷", "10⁻⁶", "10⁻⁵"]
+    names, ticks, dots = heights([0.0, 1e-30, float("nan"), 1.0])
+    assert names[0] == "0"
+    assert names[-1] == "∞"
+    assert dots[0] - dots[1] > 10, "names would lie over one another"
+    assert dots[3] - dots[2] > 10
 
 
 def test_powers_of_ten() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ def version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Version
     monkeypatch.syspath_prepend(str(tmp_path))
     made: set[str] = set()
 
-    own = f"versions::op_{tmp_path.parent.name.replace('-', '_')}_{tmp_path.name}"  # of this test alone
+    folder = re.sub(r"\W", "_", f"{tmp_path.parent.name}_{tmp_path.name}")
+    own = f"versions::op_{folder}"  # of this test alone
 
     def write(op: str = "", **sources: str) -> str:
         for name, source in sources.items():
