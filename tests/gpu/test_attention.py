@@ -44,7 +44,6 @@ def test_one_node_computes_what_the_form_does(
     # TensorRT-RTX 1.6.1 on an H200 has no kernel for shared heads: there keys and values are repeated.
     allowed = ONE_NODE if form.kv_heads < HEADS else (FUSED,)
     assert group["form"] in allowed, info
-    report("attention", form=name, dtype=str(dtype), one_node=group["form"], reason=group["reason"])
     assert not fast.program.plugin_calls
     full = form.module().to(device)
     full.load_state_dict({key: value.float() for key, value in module.state_dict().items()})
@@ -53,7 +52,8 @@ def test_one_node_computes_what_the_form_does(
         with torch.no_grad():
             expected = leaves(full(*_cast(args, torch.float32, device)))
         numbers = compare([t.float() for t in leaves(fast(*args))], expected)
-        report("attention", form=name, dtype=str(dtype), batch=batch, length=length, **numbers)
+        row = {"form": name, "node": group["form"], "dtype": str(dtype), "batch": batch, "length": length}
+        report("attention", **row, **numbers)
         assert numbers["cosine"] > (0.9999 if dtype is torch.float16 else 0.999), (batch, length)
 
 
@@ -82,7 +82,7 @@ def test_auto_times_both_forms_once(
     assert group["fused_ms"] > 0
     assert group["decomposed_ms"] > 0
     assert (group["form"] in ONE_NODE) == (group["fused_ms"] <= group["decomposed_ms"])
-    report("attention auto", form_name=name, **{key: value for key, value in group.items() if key != "count"})
+    report("attention auto", model=name, **{key: value for key, value in group.items() if key != "count"})
 
     def never(*_: object) -> list[float]:
         raise AssertionError("what is in the cache is measured again")
