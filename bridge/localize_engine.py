@@ -232,7 +232,7 @@ class EngineCheck:
             plan = _marked(plan, made.values())
         inputs = {spec.name: repro.inputs[spec.name].to(to_torch(spec.dtype)) for spec in specs}
         seen = self._build(plan, list(inputs.values()))
-        mine, wanted = seen[made[layer.tensor]], repro.expected[layer.tensor]
+        mine, wanted = seen[plan.aliases.get(layer.tensor, layer.tensor)], repro.expected[layer.tensor]
         words = excess(mine, wanted, layer.limit, 1e-2 * layer.limit)
         if words == NOT_FINITE:
             inner = {name: seen[held] for name, held in made.items() if held in seen}
@@ -273,9 +273,10 @@ def _first_not_finite(nodes: Sequence[onnx.NodeProto], values: Mapping[str, torc
 
     Args:
         nodes: in order.
-        values: the tensors that are known; others are taken for finite.
+        values: the tensors that are known; others, and those of 8 bits, are taken for finite.
     """
-    broken = {name for name, tensor in values.items() if not bool(torch.isfinite(tensor).all())}
+    wide = {name: t for name, t in values.items() if t.is_floating_point() and t.dtype.itemsize > 1}
+    broken = {name for name, tensor in wide.items() if not bool(torch.isfinite(tensor).all())}
     for node in nodes:
         if not broken.isdisjoint(node.output) and broken.isdisjoint(node.input):
             return node

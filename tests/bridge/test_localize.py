@@ -21,7 +21,7 @@ from trtbridge.bridge import precision as precision_module
 from trtbridge.bridge.backends.base import BuildOptions, Engine, Progress, Segment
 from trtbridge.bridge.backends.onnxruntime import OnnxRuntimeBackend
 from trtbridge.bridge.build import build_plan
-from trtbridge.bridge.localize_engine import EngineCheck
+from trtbridge.bridge.localize_engine import EngineCheck, _first_not_finite
 from trtbridge.passes import Notes, Pass
 
 pytestmark = pytest.mark.usefixtures("export_once")
@@ -236,6 +236,21 @@ def test_an_overflow_among_nodes_without_values_is_traced_to_its_node(x, plant, 
     assert report.suspect.origin.code == "z = y * y * 4e4"
     assert report.builds == len(backend.built) == 3
     assert {"mul", "mul_1", "div"} <= set(backend.built[2])
+
+
+def test_infinity_begins_where_all_that_is_read_is_finite() -> None:
+    """A mask's own infinity is none that begins."""
+    graph = onnx.parser.parse_graph(
+        "g (float[2] x, bool[2] m, float low) => (float[2] y) "
+        "{ a = Where(m, x, low) b = Softmax(a) c = Div(b, x) d = Mul(c, x) y = Add(d, x) }"
+    )
+    inf, values = float("inf"), {"x": [0.0, 1.0], "low": [-inf], "a": [0.0, -inf], "b": [1.0, 0.0], "c": [inf, 0.0]}
+    known = {name: torch.tensor(numbers) for name, numbers in values.items()}
+    known |= {"m": torch.tensor([True, False]), "d": torch.tensor([float("nan"), 0.0])}
+    found = _first_not_finite(list(graph.node), known)
+    assert found is not None
+    assert list(found.output) == ["c"]
+    assert _first_not_finite(list(graph.node), {name: t for name, t in known.items() if name not in "cd"}) is None
 
 
 def test_a_spoiled_program_is_localized_in_its_own_graph(net: nn.Module, converted: tb.EngineModule) -> None:
