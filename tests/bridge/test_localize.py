@@ -244,7 +244,8 @@ def test_infinity_begins_where_all_that_is_read_is_finite() -> None:
         "g (float[2] x, bool[2] m, float low) => (float[2] y) "
         "{ a = Where(m, x, low) b = Softmax(a) c = Div(b, x) d = Mul(c, x) y = Add(d, x) }"
     )
-    inf, values = float("inf"), {"x": [0.0, 1.0], "low": [-inf], "a": [0.0, -inf], "b": [1.0, 0.0], "c": [inf, 0.0]}
+    inf = float("inf")
+    values = {"x": [0.0, 1.0], "low": [-inf], "a": [0.0, -inf], "b": [1.0, 0.0], "c": [inf, 0.0]}
     known = {name: torch.tensor(numbers) for name, numbers in values.items()}
     known |= {"m": torch.tensor([True, False]), "d": torch.tensor([float("nan"), 0.0])}
     found = _first_not_finite(list(graph.node), known)
