@@ -10,11 +10,11 @@ from typing import Any
 
 import onnx
 
-from ..passes import PassReport, Pipeline, RemoveDeadNodes
+from ..passes import PassReport, Pipeline, RemoveDeadNodes, RepeatHeads
 from ..passes.fuse_attention import OPSET, FuseAttention
 from ..passes.opset import opset_of, raise_opset
 from .attention_blocks import BlockPair, Cutter
-from .attention_judge import DECOMPOSED, FUSED, Judge, Verdict, make_judge
+from .attention_judge import DECOMPOSED, FUSED, ONE_NODE, REPEATED, Judge, Verdict, make_judge
 from .backends.base import Backend, Refusal
 from .cache import resolve_cache_dir
 from .model import OnnxModel, iterate_nodes, origin_of
@@ -35,7 +35,8 @@ class BlockGroup:
     Attributes:
         kind: type, shapes, mask.
         count: how many.
-        form: "fused" or "decomposed".
+        form: "fused", "fused, keys and values repeated" (heads that are shared, and that the backend takes as one node
+            only so), or "decomposed".
         reason: why.
         fused_ms: latency of one block alone as one node; None where not measured.
         decomposed_ms: likewise in parts.
@@ -73,8 +74,13 @@ class AttentionReport:
 
     @property
     def fused(self) -> int:
-        """Blocks that are one node."""
-        return sum(group.count for group in self.groups if group.form == FUSED)
+        """Blocks that are one node, in whatever form."""
+        return sum(group.count for group in self.groups if group.form in ONE_NODE)
+
+    @property
+    def repeated(self) -> int:
+        """Those of them for which keys and values are repeated."""
+        return sum(group.count for group in self.groups if group.form == REPEATED)
 
     @property
     def decomposed(self) -> int:
@@ -86,9 +92,9 @@ class AttentionReport:
         """One line."""
         if self.note:
             return f"attention {self.mode}: {self.note}"
-        return f"attention {self.mode}: {self.fused} blocks as one node, {self.decomposed} in parts" + (
-            f", {len(self.missed)} not recognized" if self.missed else ""
-        )
+        repeated = f" ({self.repeated} with keys and values repeated)" if self.repeated else ""
+        missed = f", {len(self.missed)} not recognized" if self.missed else ""
+        return f"attention {self.mode}: {self.fused} blocks as one node{repeated}, {self.decomposed} in parts{missed}"
 
     def __str__(self) -> str:
         missed: dict[str, list[str]] = {}
@@ -114,22 +120,26 @@ class Attention:
     Attributes:
         mode: one of `MODES`.
         judge: of single blocks.
-        refused: blocks of the model that the backend refused as one node, by the node's name, with its words.
+        repeated: blocks of the model that the backend refused with heads that are shared, by the node's name, with its
+            words.
+        refused: blocks of the model that the backend refused as one node, likewise.
         report: on the last model.
         passes: what the pass did to it.
     """
 
     mode: str
     judge: Judge
+    repeated: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     report: AttentionReport | None = None
     passes: tuple[PassReport, ...] = ()
     _made: frozenset[str] = frozenset()
+    _shared: frozenset[str] = frozenset()  # nodes of the last model that can still have their keys and values repeated
 
     @property
     def state(self) -> frozenset[str]:
         """Equal where the same blocks stay in parts."""
-        return frozenset(f"parts {name}" for name in self.refused)
+        return frozenset((*(f"parts {name}" for name in self.refused), *(f"repeated {name}" for name in self.repeated)))
 
     def is_open(self, model: OnnxModel) -> bool:
         """Whether there is anything to look at in a model."""
@@ -144,7 +154,7 @@ class Attention:
         Returns:
             The model, and Attention nodes that it came with and that should be in parts: these the caller rewrites.
         """
-        self._made, self.passes = frozenset(), ()
+        self._made, self._shared, self.passes = frozenset(), frozenset(), ()
         native = {node.name: node for node in iterate_nodes(model.proto.graph) if _is_attention(node)}
         if self.mode == "decomposed":
             reason = 'attention="decomposed"'
@@ -168,20 +178,38 @@ class Attention:
         own = {name: reason for name, reason in parts.items() if name not in native}
         if own:
             fused, _ = self._fuse(model, {**self.refused, **own})
+        repeats = frozenset(name for name, (_, verdict) in verdicts.items() if verdict.form == REPEATED)
+        if repeats:
+            fused = self._repeat(fused, repeats)
         self._made = frozenset(found.keys() - native.keys() - own.keys())
         self.report = dataclasses.replace(self.report, groups=_groups([*verdicts.values(), *stays]))
         logger.info("%s", self.report.summary)
         logger.debug("%s", self.report)
-        return (fused if self._made else model), unwanted
+        return (fused if self._made or repeats else model), unwanted
+
+    @property
+    def learned(self) -> dict[str, dict[str, str]]:
+        """What was refused so far, JSON-ready: what `recall` takes."""
+        return {"repeated": dict(self.repeated), "parts": dict(self.refused)}
+
+    def recall(self, learned: Mapping[str, Mapping[str, str]]) -> None:
+        """Begin with what was refused in an earlier conversion of the same model."""
+        self.repeated |= learned.get("repeated", {})
+        self.refused |= learned.get("parts", {})
 
     def learn(self, refusals: Sequence[Refusal]) -> list[Refusal]:
-        """Leave in parts what was refused as one node; what is left is about other nodes."""
-        ours = {refusal.node: refusal.reason.strip() for refusal in refusals if refusal.node in self._made}
-        new = {name: reason for name, reason in ours.items() if name not in self.refused}
+        """Repeat keys and values, or leave in parts what was refused so too; what is left is about other nodes."""
+        told = {refusal.node: refusal.reason.strip() for refusal in refusals}
+        shared = {name: reason for name, reason in told.items() if name in self._shared and name not in self.repeated}
+        new = {name: reason for name, reason in told.items() if name in self._made and name not in self.refused}
+        new = {name: reason for name, reason in new.items() if name not in shared}
+        for name, reason in shared.items():
+            logger.info("attention %s has its keys and values repeated: %s", name, reason)
         for name, reason in new.items():
             logger.info("attention %s stays in parts: %s", name, reason)
+        self.repeated |= shared
         self.refused |= new
-        return [refusal for refusal in refusals if refusal.node not in new]
+        return [refusal for refusal in refusals if refusal.node not in new and refusal.node not in shared]
 
     def _kept_reasons(self) -> list[str]:
         """Why blocks stayed in parts in the last run of the pass, of those that the backend had refused."""
@@ -216,10 +244,27 @@ class Attention:
         """The kind of each block and its form."""
         cutter = Cutter(model, fused)
         found = {}
+        shared = set()
         for node in nodes:
             pair = cutter.cut(node)
-            found[node.name] = (cutter.kind(node), self._unseen()) if pair is None else (pair.kind, self._verdict(pair))
+            if pair is None:
+                found[node.name] = cutter.kind(node), self._unseen()
+                continue
+            verdict = self._verdict(pair)
+            if verdict.form == FUSED and pair.repeated is not None:
+                if node.name in self.repeated:
+                    verdict = Verdict(REPEATED, f"in the whole model: {self.repeated[node.name]}")
+                else:
+                    shared.add(node.name)
+            found[node.name] = pair.kind, verdict
+        self._shared = frozenset(shared)
         return found
+
+    def _repeat(self, model: OnnxModel, names: frozenset[str]) -> OnnxModel:
+        """The model with keys and values of some nodes repeated."""
+        result = Pipeline((RepeatHeads(names),)).run(model.proto, model.weights)
+        self.passes = (*self.passes, *result.report.passes)
+        return dataclasses.replace(model, proto=result.proto, weights=result.weights)
 
     def _verdict(self, pair: BlockPair) -> Verdict:
         return self.judge.judge(pair, measures=self.mode == "auto")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import onnx
 import onnx_ir as ir
 
-from ..passes import Pipeline, RemoveDeadNodes
+from ..passes import Pipeline, RemoveDeadNodes, RepeatHeads
 from ..passes.rewrite_refused import RewriteRefused
 from .backends.base import Segment
 from .dims import Range
@@ -34,6 +34,7 @@ class BlockPair:
         key: equal for blocks that are equal but for names.
         kind: type and shapes, for people: ``float16 (batch, 12, 197, 64), causal``.
         element: ONNX type.
+        repeated: with that node, and keys and values repeated ahead of it; None where heads are not shared.
     """
 
     node: str
@@ -42,6 +43,7 @@ class BlockPair:
     key: str
     kind: str
     element: int
+    repeated: Segment | None = None
 
 
 @dataclass
@@ -80,9 +82,10 @@ class Cutter:
             return None
         is_native = twin is not None and twin.op_type == "Attention"
         written = _decomposed(fused, node.name) if is_native else old.segment("decomposed", result, sources)
-        text = _text(fused) + (_text(written) if written is not None else "")
+        repeated = _repeated(fused, node.name)
+        text = "".join(_text(form) for form in (fused, written, repeated) if form is not None)
         key = hashlib.sha256(text.encode()).hexdigest()
-        return BlockPair(node.name, fused, written, key, new.kind(node), new.element(node.output[0]))
+        return BlockPair(node.name, fused, written, key, new.kind(node), new.element(node.output[0]), repeated)
 
 
 class _Graph:
@@ -225,10 +228,20 @@ class _Graph:
 
 def _decomposed(fused: Segment, name: str) -> Segment | None:
     """A block with its Attention node inlined, for a model that came with it."""
-    result = Pipeline((RewriteRefused(frozenset({name})), RemoveDeadNodes())).run(fused.proto, fused.weights)
+    return _after(Pipeline((RewriteRefused(frozenset({name})), RemoveDeadNodes())), fused, "decomposed")
+
+
+def _repeated(fused: Segment, name: str) -> Segment | None:
+    """A block with as many heads of keys and values as of queries; None where it has them, or cannot."""
+    return _after(Pipeline((RepeatHeads(frozenset({name})),)), fused, "repeated")
+
+
+def _after(passes: Pipeline, segment: Segment, name: str) -> Segment | None:
+    """A segment behind passes, under another name; None where the first of them changes nothing."""
+    result = passes.run(segment.proto, segment.weights)
     if not result.report.passes[0].rewrites:
         return None
-    return replace(fused, name="decomposed", proto=result.proto, weights=result.weights)
+    return replace(segment, name=name, proto=result.proto, weights=result.weights)
 
 
 def _text(segment: Segment) -> str:

@@ -27,6 +27,10 @@ from .dtypes import to_torch
 logger = logging.getLogger(__name__)
 
 FUSED, DECOMPOSED = "fused", "decomposed"
+REPEATED = "fused, keys and values repeated"
+"""One node for which keys and values are repeated to the number of query heads; only where heads are shared."""
+
+ONE_NODE = (FUSED, REPEATED)
 
 MOST_VERDICTS = 1024
 """Verdicts kept on disk; beyond that the oldest go."""
@@ -41,7 +45,7 @@ class Verdict:
     """What is known of one kind of block on one backend and GPU.
 
     Attributes:
-        form: "fused" or "decomposed".
+        form: `FUSED`, `REPEATED` or `DECOMPOSED`.
         reason: why, in words.
         fused_ms: median latency of the block alone as one node, None where it was not measured.
         decomposed_ms: likewise in parts.
@@ -129,30 +133,59 @@ class Judge:
         if measures and pair.element not in _FLOATS16:
             return Verdict(DECOMPOSED, "the kernels for the node are for 16 bits"), False
         started = time.perf_counter()
-        try:
-            engines = [self.backend.build(pair.fused, self.options)]
-        except (BuildError, UnsupportedOpError) as error:
-            lasts = isinstance(error, UnsupportedOpError) or error.graph_at_fault
-            return Verdict(DECOMPOSED, f"{self.backend.name} does not take the node: {_words(error)}"), lasts
+        one, engine, refusal, lasts = self._build_one_node(pair)
+        if engine is None:
+            return Verdict(DECOMPOSED, refusal), lasts
+        engines = [engine]
         if not measures:
-            return Verdict(FUSED, "asked for, and the backend takes it"), True
-        ruled = Verdict(FUSED, "not measured: in 16 bits a node that the backend takes was the faster form so far")
+            return Verdict(one, _and("asked for, and the backend takes it", refusal)), lasts
+        rule = "not measured: in 16 bits a node that the backend takes was the faster form so far"
+        ruled = Verdict(one, _and(rule, refusal))
         if self.clock is None:
-            return ruled, True
+            return ruled, lasts
         if pair.decomposed is None:
-            return dataclasses.replace(ruled, reason=f"{ruled.reason}; its parts cannot be cut out of the model"), True
+            return dataclasses.replace(ruled, reason=f"{ruled.reason}; its parts cannot be cut out of the model"), lasts
         try:
             engines.append(self.backend.build(pair.decomposed, self.options))
             fused, decomposed = self.clock(self.backend, engines)
         except (TrtBridgeError, RuntimeError) as error:
             logger.warning("attention %s cannot be timed: %s", pair.kind, error)
             return dataclasses.replace(ruled, reason=f"{ruled.reason}; it cannot be timed: {_words(error)}"), False
-        form = FUSED if fused <= decomposed else DECOMPOSED
+        form = one if fused <= decomposed else DECOMPOSED
         logger.info(
             "attention %s: %.4f ms as one node, %.4f ms in parts: %s (measured in %.1f s)",
             pair.kind, fused, decomposed, form, time.perf_counter() - started,
         )  # fmt: skip
-        return Verdict(form, "measured: it is the faster form", fused, decomposed), True
+        return Verdict(form, _and("measured: it is the faster form", refusal), fused, decomposed), lasts
+
+    def _build_one_node(self, pair: BlockPair) -> tuple[str, Engine | None, str, bool]:
+        """The first form of one node that the backend takes.
+
+        Returns:
+            The form, its engine (None where it takes none), what it says of those that it does not take, and whether
+            it would say so again.
+        """
+        name, words, lasting = self.backend.name, [], True
+        for form, segment in ((FUSED, pair.fused), (REPEATED, pair.repeated)):
+            if segment is None:
+                continue
+            try:
+                engine = self.backend.build(segment, self.options)
+            except (BuildError, UnsupportedOpError) as error:
+                lasting &= isinstance(error, UnsupportedOpError) or error.graph_at_fault
+                words.append(_words(error))
+            else:
+                return form, engine, f"{name} does not take it with shared heads: {words[0]}" if words else "", lasting
+        return DECOMPOSED, None, f"{name} does not take the node: {_with_repeats(words)}", lasting
+
+
+def _with_repeats(words: Sequence[str]) -> str:
+    """What is said of the node, and of the one with keys and values repeated where there is one."""
+    return f"{words[0]}; nor with keys and values repeated: {words[1]}" if len(words) > 1 else words[0]
+
+
+def _and(reason: str, refusal: str) -> str:
+    return f"{reason}; {refusal}" if refusal else reason
 
 
 def _words(error: Exception) -> str:
@@ -179,7 +212,9 @@ def read_verdicts(path: Path | None) -> dict[str, Verdict]:
 def _verdict(entry: Mapping[str, Any]) -> Verdict:
     verdict = Verdict(**entry)
     times = (verdict.fused_ms, verdict.decomposed_ms)
-    if verdict.form not in (FUSED, DECOMPOSED) or not all(t is None or (isinstance(t, float) and t > 0) for t in times):
+    if verdict.form not in (*ONE_NODE, DECOMPOSED) or not all(
+        t is None or (isinstance(t, float) and t > 0) for t in times
+    ):
         raise ValueError(f"{entry} is no verdict")
     return verdict
 

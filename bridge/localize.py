@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, OptionError
-from .activations import excess, layer_error
+from .activations import NOT_FINITE, excess, layer_error
 from .backends import choose_backend, get_backend
 from .backends.base import Backend
 from .cache import resolve_cache_dir
@@ -274,8 +274,10 @@ class _Search:
             plan = own
             last = model_of(own) or last
         check = self._check(name, last, export)
-        # What holds a value in another form, which the stages before have found, would be taken for wrong here.
-        odd = {layer.tensor for stage in report.stages for layer in stage.layers if layer.wrong}
+        # What holds a value in another form, which the stages before have found, would be taken for wrong here. A form
+        # is finite where the value is: infinity is no form.
+        layers = [layer for stage in report.stages for layer in stage.layers if layer.wrong not in ("", NOT_FINITE)]
+        odd = {layer.tensor for layer in layers}
         points = tuple(point for point in check.examined.points if point.tensor not in odd)
         check = dataclasses.replace(check, examined=Examined(check.examined.model, points))
         folder = resolve_cache_dir(self.options.cache_dir)

@@ -4,6 +4,9 @@ A build with every comparable tensor marked gives the error of every layer, with
 keeps TensorRT from fusing across the marks, so what it shows is shown again: the layer where the error begins is built
 alone, and run on the reference's values. Where the marks make the error vanish, it lies in a fusion; then a build with
 few marks tells between which of them.
+
+NaN and infinity are the exception: marks do not hide where they begin. Where a layer that has them is several nodes, it
+alone is built with all their results marked, and the node that makes them of finite numbers is named.
 """
 
 from __future__ import annotations
@@ -14,16 +17,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import onnx
 import torch
 
 from ..errors import TrtBridgeError
-from .activations import excess, layer_error, with_outputs
+from .activations import NOT_FINITE, excess, from_numpy, layer_error, with_outputs
 from .backends.base import Backend, BuildOptions, Segment
 from .build import build_plan
 from .dtypes import to_torch
 from .localize_points import Point
 from .localize_report import Layer, Stage, Suspect
-from .localize_stage import GraphCheck
+from .localize_stage import GraphCheck, weight_of
 from .partition import partition
 from .plan import Plan
 from .repro import Repro
@@ -67,6 +71,8 @@ class EngineCheck:
     cache_dir: Path | None = None
     builds: int = 0
     _notes: list[str] = field(default_factory=list)
+    _not_finite: set[str] = field(default_factory=set)  # tensors that were NaN or infinite where they should not be
+    _breaking: dict[str, onnx.NodeProto] = field(default_factory=dict)  # by such a tensor, the node where it begins
 
     def run(self, given: Differences) -> tuple[Stage, Suspect | None, Repro | None]:
         """Compare every layer, and confirm the first that is wrong.
@@ -118,13 +124,10 @@ class EngineCheck:
 
     def _run_marked(self, names: Collection[str]) -> dict[str, tuple[float, str]]:
         """Build with some tensors marked as outputs; their errors."""
-        wanted = set(names)
-        steps = [with_outputs(step, sorted(wanted)) if isinstance(step, Segment) else step for step in self.plan.steps]
-        plan = dataclasses.replace(self.plan, steps=tuple(steps))
         try:
-            seen = self._build(plan, list(self.graph.inputs.values()))
+            seen = self._build(_marked(self.plan, names), list(self.graph.inputs.values()))
         except TrtBridgeError as error:
-            self._notes.append(f"the engine with {len(wanted)} tensors marked as outputs fails: {error}")
+            self._notes.append(f"the engine with {len(set(names))} tensors marked as outputs fails: {error}")
             return {}
         found: dict[str, tuple[float, str]] = {}
         here = [name for name in names if name in seen]
@@ -134,6 +137,8 @@ class EngineCheck:
             mine, wanted_value = seen[name], values[self.graph.keys[name]]
             words = excess(mine, wanted_value, limit, 1e-2 * limit)
             found[name] = layer_error(mine, wanted_value), words
+            if words == NOT_FINITE:
+                self._not_finite.add(name)
         return found
 
     def _layers(self, seen: Differences) -> tuple[Layer, ...]:
@@ -221,13 +226,58 @@ class EngineCheck:
         model = repro.fixed()
         plan = partition(model, self.backend if self.plan.hosted_calls else None)
         specs = model.signature.inputs
-        seen = self._build(plan, [repro.inputs[spec.name].to(to_torch(spec.dtype)) for spec in specs])
+        nodes = list(model.proto.graph.node)
+        made = {name: plan.aliases.get(name, name) for node in nodes for name in node.output if self._is_wide(name)}
+        if layer.tensor in self._not_finite and len(nodes) > 1:
+            plan = _marked(plan, made.values())
+        inputs = {spec.name: repro.inputs[spec.name].to(to_torch(spec.dtype)) for spec in specs}
+        seen = self._build(plan, list(inputs.values()))
         mine, wanted = seen[plan.aliases.get(layer.tensor, layer.tensor)], repro.expected[layer.tensor]
-        return layer_error(mine, wanted), excess(mine, wanted, layer.limit, 1e-2 * layer.limit)
+        words = excess(mine, wanted, layer.limit, 1e-2 * layer.limit)
+        if words == NOT_FINITE:
+            inner = {name: seen[held] for name, held in made.items() if held in seen}
+            node = _first_not_finite(nodes, inputs | inner | self._constants(nodes))
+            if node is not None:
+                self._breaking[layer.tensor] = node
+        return layer_error(mine, wanted), words
+
+    def _is_wide(self, name: str) -> bool:
+        """Whether a tensor is a float of 16 bits or more."""
+        dtype = self.graph.examined.dtypes.get(name)
+        return dtype is not None and dtype.bitwidth >= 16 and to_torch(dtype).is_floating_point
+
+    def _constants(self, nodes: Sequence[onnx.NodeProto]) -> dict[str, torch.Tensor]:
+        """The constant floats that nodes read."""
+        names = {name for node in nodes for name in node.input if self._is_wide(name)}
+        found = {name: weight_of(self.graph.examined, name) for name in names}
+        return {name: from_numpy(array) for name, array in found.items() if array is not None}
 
     def _suspect(self, layer: Layer, words: str) -> Suspect:
-        return dataclasses.replace(self.graph.blame(layer, None), stage=self.name, words=words)
+        suspect = self.graph.blame(layer, None, self._breaking.get(layer.tensor))
+        return dataclasses.replace(suspect, stage=self.name, words=words)
 
     def _repro(self, layer: Layer) -> Repro:
         backend = "" if self.backend.name == "onnxruntime" else self.backend.name
         return dataclasses.replace(self.graph.repro(layer), backend=backend, tf32=self.options.tf32)
+
+
+def _marked(plan: Plan, names: Collection[str]) -> Plan:
+    """A plan whose engines hand out inner tensors, too."""
+    wanted = sorted(set(names))
+    steps = [with_outputs(step, wanted) if isinstance(step, Segment) else step for step in plan.steps]
+    return dataclasses.replace(plan, steps=tuple(steps))
+
+
+def _first_not_finite(nodes: Sequence[onnx.NodeProto], values: Mapping[str, torch.Tensor]) -> onnx.NodeProto | None:
+    """The first node that makes NaN or infinity of finite numbers; None where none does.
+
+    Args:
+        nodes: in order.
+        values: the tensors that are known; others, and those of 8 bits, are taken for finite.
+    """
+    wide = {name: t for name, t in values.items() if t.is_floating_point() and t.dtype.itemsize > 1}
+    broken = {name for name, tensor in wide.items() if not bool(torch.isfinite(tensor).all())}
+    for node in nodes:
+        if not broken.isdisjoint(node.output) and broken.isdisjoint(node.input):
+            return node
+    return None

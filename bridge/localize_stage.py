@@ -135,16 +135,19 @@ class GraphCheck:
         # A result that is wrong has a reason, even where nothing that reads it can be measured.
         yield from heard or (wrong if stage.wrong else [])
 
-    def blame(self, layer: Layer, before: Examined | None) -> Suspect:
+    def blame(self, layer: Layer, before: Examined | None, known: onnx.NodeProto | None = None) -> Suspect:
         """The node of a wrong layer that is wrong.
 
         Args:
             layer: wrong by itself.
             before: the same model in a form that is right; tensors of the same name hold the same values.
+            known: a node that has been found wrong already.
         """
         positions, _ = self.slices[layer.tensor]
         nodes = [self.examined.nodes[index] for index in positions]
-        node, words = self._first_wrong(layer, nodes, before) if before is not None and len(nodes) > 1 else (None, "")
+        node, words = known, ""
+        if node is None and before is not None and len(nodes) > 1:
+            node, words = self._first_wrong(layer, nodes, before)
         node = node or self.examined.nodes[self.examined.makers[layer.tensor]]
         own = origin_of(node)
         origin = own if own.file or own.module else layer.origin
@@ -334,13 +337,14 @@ class GraphCheck:
         """In words which weights of a node have other values than in another graph; "" where none has."""
         changed = []
         for name in reads_of(node):
-            mine, theirs = _weight(self.examined, name), _weight(before, name)
+            mine, theirs = weight_of(self.examined, name), weight_of(before, name)
             if mine is not None and theirs is not None and not _equal(mine, theirs):
                 changed.append(name)
         return f"its weight {', '.join(changed)} has other values than in the export of the module" if changed else ""
 
 
-def _weight(graph: Examined, name: str) -> np.ndarray | None:
+def weight_of(graph: Examined, name: str) -> np.ndarray | None:
+    """The values of a constant; None where there is no such constant."""
     if name in graph.model.weights:
         return graph.model.weights[name].numpy()
     for tensor in graph.model.proto.graph.initializer:

@@ -72,7 +72,8 @@ class Options(RuntimeOptions):
         attention: "fused" makes one Attention node of every attention that the backend takes as one, however it is
             written; "decomposed" leaves and makes none; "auto" takes the faster form for each block: on a GPU both are
             built alone and timed once, and ``cache_dir`` keeps the figures; without one it is the node in 16 bits
-            wherever the backend takes it. Models are raised to opset 23 for the node. None leaves attention as written.
+            wherever the backend takes it. Where it takes no heads that queries share, keys and values are repeated for
+            the node. Models are raised to opset 23 for the node. None leaves attention as written.
         keep_fp32: what stays in float32 besides: op types ("Softmax"), module paths with all below
             ("encoder.layers.3"), patterns of these ("*.norm?"), node names, or functions of a `precision.NodeView`
             (op_type, name, module, file, line) that say True; one or several.

@@ -111,8 +111,8 @@ class Planner:
         refused = {"full": sorted(self.refused.half), "unquantized": sorted(self.refused.quantized)}
         sets = {"outside": sorted(self.outside), **refused, "as written": sorted(self.rewrites.given_up)}
         rewritten = [[*site, reason] for site, reason in self.rewrites.sites.items()]
-        parts = {} if self.attention is None else self.attention.refused
-        found = {"calls": self.calls, "nodes": self.nodes, **sets, "rewritten": rewritten, "parts": parts}
+        attention = {} if self.attention is None else self.attention.learned
+        found = {"calls": self.calls, "nodes": self.nodes, **sets, "rewritten": rewritten, **attention}
         return {name: value for name, value in found.items() if value}
 
     def recall(self, learned: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ class Planner:
         self.rewrites.given_up |= set(learned.get("as written", ()))
         self.rewrites.sites |= {Site(*site): reason for *site, reason in learned.get("rewritten", ())}
         if self.attention is not None:
-            self.attention.refused |= learned.get("parts", {})
+            self.attention.recall(learned)
 
     @property
     def attention_report(self) -> AttentionReport | None:

@@ -24,6 +24,7 @@ from .remove_dead_nodes import RemoveDeadNodes
 from .remove_no_ops import RemoveNoOps
 from .repair_ranks import RepairRanks
 from .repair_types import RepairTypes
+from .repeat_heads import RepeatHeads
 from .rewrite_refused import RewriteRefused
 from .rewrite_to_plugin import Match, Refused, RewriteToPlugin
 
@@ -59,6 +60,7 @@ __all__ = [
     "RemoveNoOps",
     "RepairRanks",
     "RepairTypes",
+    "RepeatHeads",
     "RewriteRefused",
     "RewriteToPlugin",
     "graft",

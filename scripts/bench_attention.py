@@ -332,7 +332,7 @@ def render(record: Row) -> tuple[str, list[str]]:
         cosines = [by_form.get(form, {}).get("cosine") for form in FORMS]
         ratio = f"{times[2] / times[0]:.3f}" if times[0] and times[2] else "–"
         groups = by_form.get("auto", {}).get("attention", {}).get("groups", [])
-        counts = [sum(g["count"] for g in groups if g["form"] == form) for form in ("fused", "decomposed")]
+        counts = [sum(g["count"] for g in groups if g["form"].startswith(form)) for form in ("fused", "decomposed")]
         cells = [
             name,
             str(by_form.get("auto", {}).get("batch", "–")),

@@ -17,10 +17,11 @@ from torch import nn
 
 import trtbridge as tb
 from trtbridge.bridge import localize as localize_module
+from trtbridge.bridge import precision as precision_module
 from trtbridge.bridge.backends.base import BuildOptions, Engine, Progress, Segment
 from trtbridge.bridge.backends.onnxruntime import OnnxRuntimeBackend
 from trtbridge.bridge.build import build_plan
-from trtbridge.bridge.localize_engine import EngineCheck
+from trtbridge.bridge.localize_engine import EngineCheck, _first_not_finite
 from trtbridge.passes import Notes, Pass
 
 pytestmark = pytest.mark.usefixtures("export_once")
@@ -170,6 +171,87 @@ def test_an_error_that_marks_make_vanish_lies_in_a_fusion(net: nn.Module, x: tor
     assert report.suspect is not None, str(report)
     assert report.suspect.layer.tensor == "linear_1", "the first mark behind the gelu"
     assert any("the error begins between 'linear_1' and the mark before it" in note for note in report.stage.notes)
+
+
+def _in_float16(proto: onnx.ModelProto) -> None:
+    """Let an engine keep what its nodes make in float16's range, as kernels in halves do: beyond it is infinity."""
+    graph, nodes = proto.graph, list(proto.graph.node)
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    del graph.node[:]
+    for node in nodes:
+        graph.node.append(node)
+        name = node.output[0]
+        if node.op_type == "Cast" or types.get(name) not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+            continue
+        graph.node[-1].output[0] = f"{name}__wide"
+        # In float32, for ONNX Runtime takes Casts to float16 and back out, and computes float16 in float32.
+        graph.node.extend(
+            onnx.parser.parse_graph(
+                f"""g (float x) => (float y) {{
+                {name}__float = Cast<to=1>({name}__wide)
+                {name}__size = Abs({name}__float)
+                {name}__most = Constant<value_float=65504.0>()
+                {name}__zero = Constant<value_float=0.0>()
+                {name}__over = Greater({name}__size, {name}__most)
+                {name}__inf = Div({name}__float, {name}__zero)
+                {name}__kept = Where({name}__over, {name}__inf, {name}__float)
+                {name} = Cast<to={types[name]}>({name}__kept) }}"""
+            ).node
+        )
+
+
+@pytest.mark.parametrize("precision", [None, "fp16"])
+def test_an_engine_that_overflows_is_traced_to_its_line(x, plant, monkeypatch, precision) -> None:
+    """Its graph is right, or is taken for right: the engine's own inner values tell."""
+    backend = plant(_in_float16)
+    if precision is not None:  # all in float16 although the example overflows, and nobody sees it in the graph
+        monkeypatch.setattr(precision_module, "overflowing", lambda ranges, margin: {})
+        real = localize_module._Search._compare
+        monkeypatch.setattr(localize_module._Search, "_compare", lambda *args: (real(*args)[0], None, None))
+    report = tb.localize(Large().eval(), None, (30 * x,), backend="onnxruntime", precision=precision)
+    assert report.suspect is not None, str(report)
+    assert (report.suspect.stage, report.suspect.op_type) == ("engine onnxruntime", "Mul")
+    assert report.suspect.words == "NaN or infinity in other places"
+    assert report.suspect.origin.code == "z = y * y * 4e4"
+    assert report.builds == len(backend.built) == 3
+
+
+@pytest.mark.parametrize("precision", [None, "fp16"])
+def test_an_overflow_among_nodes_without_values_is_traced_to_its_node(x, plant, monkeypatch, precision) -> None:
+    """Where the reference knows nothing between the first value and the last, the nodes tell by their own numbers."""
+    backend = plant(_in_float16)
+    real = localize_module._Search._check
+
+    def sparse(self: Any, name: str, model: Any, export: Any) -> Any:
+        check = real(self, name, model, export)
+        points = check.examined.points
+        examined = dataclasses.replace(check.examined, points=(points[0], points[-1]))
+        return dataclasses.replace(check, examined=examined)
+
+    monkeypatch.setattr(localize_module._Search, "_check", sparse)
+    report = tb.localize(Large().eval(), None, (30 * x,), backend="onnxruntime", precision=precision)
+    assert report.suspect is not None, str(report)
+    assert (report.suspect.op_type, report.suspect.layer.tensor) == ("Mul", "output_0")
+    assert len(report.suspect.nodes) > 4
+    assert report.suspect.origin.code == "z = y * y * 4e4"
+    assert report.builds == len(backend.built) == 3
+    assert {"mul", "mul_1", "div"} <= set(backend.built[2])
+
+
+def test_infinity_begins_where_all_that_is_read_is_finite() -> None:
+    """A mask's own infinity is none that begins."""
+    graph = onnx.parser.parse_graph(
+        "g (float[2] x, bool[2] m, float low) => (float[2] y) "
+        "{ a = Where(m, x, low) b = Softmax(a) c = Div(b, x) d = Mul(c, x) y = Add(d, x) }"
+    )
+    inf = float("inf")
+    values = {"x": [0.0, 1.0], "low": [-inf], "a": [0.0, -inf], "b": [1.0, 0.0], "c": [inf, 0.0]}
+    known = {name: torch.tensor(numbers) for name, numbers in values.items()}
+    known |= {"m": torch.tensor([True, False]), "d": torch.tensor([float("nan"), 0.0])}
+    found = _first_not_finite(list(graph.node), known)
+    assert found is not None
+    assert list(found.output) == ["c"]
+    assert _first_not_finite(list(graph.node), {name: t for name, t in known.items() if name not in "cd"}) is None
 
 
 def test_a_spoiled_program_is_localized_in_its_own_graph(net: nn.Module, converted: tb.EngineModule) -> None:

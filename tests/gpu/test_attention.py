@@ -11,6 +11,7 @@ from helpers import DRY_RUN, Report, compare, leaves
 
 import trtbridge as tb
 from trtbridge.bridge import attention_judge
+from trtbridge.bridge.attention_judge import FUSED, ONE_NODE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bridge"))
 
@@ -39,7 +40,10 @@ def test_one_node_computes_what_the_form_does(
     args = _cast(form.example(), dtype, device)
     fast = tb.convert(module, args, dynamic_shapes=_shapes(form), backend=backend, attention="fused")
     info = fast.program.info["attention"]
-    assert [group["form"] for group in info["groups"]] == ["fused"], info
+    (group,) = info["groups"]
+    # TensorRT-RTX 1.6.1 on an H200 has no kernel for shared heads: there keys and values are repeated.
+    allowed = ONE_NODE if form.kv_heads < HEADS else (FUSED,)
+    assert group["form"] in allowed, info
     assert not fast.program.plugin_calls
     full = form.module().to(device)
     full.load_state_dict({key: value.float() for key, value in module.state_dict().items()})
@@ -48,7 +52,8 @@ def test_one_node_computes_what_the_form_does(
         with torch.no_grad():
             expected = leaves(full(*_cast(args, torch.float32, device)))
         numbers = compare([t.float() for t in leaves(fast(*args))], expected)
-        report("attention", form=name, dtype=str(dtype), batch=batch, length=length, **numbers)
+        row = {"form": name, "node": group["form"], "dtype": str(dtype), "batch": batch, "length": length}
+        report("attention", **row, **numbers)
         assert numbers["cosine"] > (0.9999 if dtype is torch.float16 else 0.999), (batch, length)
 
 
@@ -65,18 +70,19 @@ def test_rows_without_a_key(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(mine[:, others], wanted[:, others], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["sdpa", "sdpa grouped"])
 def test_auto_times_both_forms_once(
-    backend: str, cuda: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report
+    name: str, backend: str, cuda: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report
 ) -> None:
-    form = FORMS["sdpa"]
+    form = FORMS[name]
     module = form.module().to(cuda, torch.float16)
     args = _cast(form.example(), torch.float16, cuda)
     first = tb.convert(module, args, backend=backend, cache_dir=tmp_path, attention="auto")
     (group,) = first.program.info["attention"]["groups"]
     assert group["fused_ms"] > 0
     assert group["decomposed_ms"] > 0
-    assert group["form"] == ("fused" if group["fused_ms"] <= group["decomposed_ms"] else "decomposed")
-    report("attention auto", **{key: value for key, value in group.items() if key != "count"})
+    assert (group["form"] in ONE_NODE) == (group["fused_ms"] <= group["decomposed_ms"])
+    report("attention auto", model=name, **{key: value for key, value in group.items() if key != "count"})
 
     def never(*_: object) -> list[float]:
         raise AssertionError("what is in the cache is measured again")
