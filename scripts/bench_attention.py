@@ -283,7 +283,10 @@ def bench(options: argparse.Namespace) -> int:
     from helpers import environment
 
     options.work.mkdir(parents=True, exist_ok=True)
-    names = [case.name for case in CASES if not options.models or any(part in case.name for part in options.models)]
+    known = [case.name for case in CASES]
+    names = [name for name in known if name in options.models] or [  # whole names, else parts of names
+        name for name in known if not options.models or any(part in name for part in options.models)
+    ]
     rows = convert_all(options, names)
     record: Row = {"environment": environment(), "dry_run": DRY_RUN, "rows": rows}
     for name in names:
@@ -359,7 +362,7 @@ def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="the record")
-    parser.add_argument("--models", nargs="+", default=[], help="parts of names (default: all)")
+    parser.add_argument("--models", nargs="+", default=[], help="names, or parts of names (default: all)")
     parser.add_argument("--workers", type=int, default=8, help="conversions at once")
     parser.add_argument("--repeats", type=int, default=9, help="batches of calls of each program")
     parser.add_argument("--convert-timeout", type=float, default=180, metavar="S")
