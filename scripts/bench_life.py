@@ -27,6 +27,8 @@ CALLS = 30
 TWO_GPUS = "two GPUs"
 LEAST_SPEEDUP = 1.9
 TORCHRUN = ROOT / "examples" / "torchrun_throughput.py"
+LOAD = ("--batches", "64", "--batch-size", "256", "--width", "64", "--repeats", "30")
+"""Some seconds of work, so that what is measured is not how processes start."""
 
 
 def life(model: str, settings: Settings, keep: Keep) -> list[Row]:
@@ -137,6 +139,7 @@ def gpus(unit: str, settings: Settings, keep: Keep) -> list[Row]:
             "--standalone",
             f"--nproc-per-node={count}",
             str(TORCHRUN),
+            *LOAD,
         ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         row: Row = {"way": f"{count} processes", "status": done.returncode, "words": done.stdout[-600:]}
