@@ -44,6 +44,7 @@ DRY_RUN = os.environ.get("TRTBRIDGE_GPU_TESTS_ON_CPU") == "1"
 BACKEND = "onnxruntime" if DRY_RUN else "tensorrt_rtx"
 FUSIONS = (
     "FuseLayerNorm", "FuseRmsNorm", "FuseGroupNorm", "FuseGelu", "FuseSilu", "FuseRotaryEmbedding", "FuseBatchNorm",
+    "FoldRanges",
 )  # fmt: skip
 """Passes that can be added to the default pipeline and are for engines."""
 

@@ -132,6 +132,21 @@ class Ported(nn.Module):
         return self._groups(x)
 
 
+class Chunks(nn.Module):
+    """A network over sequences that may be long: a table of places is cut, and chunks of 256 are counted."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(256, width))
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        for layer in self.layers:
+            x = x + functional.relu(layer(x + self.places[: min(length, 256)])) / ((length + 255) // 256)
+        return x
+
+
 class Classifier(nn.Module):
     """What `write_file` writes as a file: bytes of an image, two convolutions with pools, a norm, a product."""
 
@@ -224,11 +239,18 @@ def _bytes(batch: int, generator: torch.Generator, small: bool) -> zoo.Inputs:
     return (torch.randint(0, 256, size, generator=generator, dtype=torch.uint8),), {}
 
 
+def _rows(batch: int, generator: torch.Generator, small: bool) -> zoo.Inputs:
+    return (torch.randn(batch, 100, 16 if small else 512, generator=generator),), {}
+
+
+_LENGTH = tb.Dim("length", min=2, opt=100, max=200)
+
 CASES: tuple[zoo.Case, ...] = (
     zoo.Case("int16 speech", (), lambda s: Speech(*((8, 3) if s else (256, 6))), _samples, {"samples": {0: _BATCH}}),
     zoo.Case("byte masks", (), lambda s: ByteMasks(*((16, 2) if s else (512, 6))), _words, {"ids": {0: _BATCH}}),
     zoo.Case("one user", (), lambda s: OneUser(*((16, 50, 3) if s else (256, 20000, 8))), _user, batches=(1,)),
     zoo.Case("focus", (), lambda s: Focus(*((8, 2) if s else (64, 6))), zoo._image(256, 16), {"x": {0: _BATCH}}),
     zoo.Case("ported", (), lambda s: Ported(*((16, 4) if s else (128, 8))), zoo._image(128, 16), {"x": {0: _BATCH}}),
+    zoo.Case("chunks", (), lambda s: Chunks(*((16, 2) if s else (512, 6))), _rows, {"x": {0: _BATCH, 1: _LENGTH}}),
     FileCase("file", (), lambda s: Classifier(8 if s else 128), _bytes, {"image": {0: _BATCH}}),
 )
