@@ -12,7 +12,7 @@ from .surgery import element_type, is_standard
 
 _T = onnx.TensorProto
 _SIGNED = (_T.INT32, _T.INT64)
-_SHIFTED = {_T.UINT8: (8, _T.INT8), _T.UINT32: (32, _T.INT32), _T.UINT64: (64, _T.INT64)}
+_SHIFTED: dict[int, tuple[int, int]] = {_T.UINT8: (8, _T.INT8), _T.UINT32: (32, _T.INT32), _T.UINT64: (64, _T.INT64)}
 """Bits of the types that BitShift takes, and the signed type of as many."""
 _DIGIT = 16
 _OTHER = "what is made of the shifted bits is not a signed number shifted"
