@@ -174,10 +174,12 @@ def render(records: Sequence[Row], out: Path | None) -> str:
 
 def _summary(rows: Sequence[Row], order: Sequence[str], fusions: Sequence[str]) -> list[str]:
     where = helped(rows)
+    busy = {name for row in rows if row["variant"] == BASE for name, count in row.get("rewrites", {}).items() if count}
     lines = ["| pass | helps | |", "|---|---|---|"]
     for name in order:
         found = where.get(name)
-        words = "; ".join(found) if found else "rewrites nothing in these models" if found is None else "nowhere here"
+        none = "nowhere here" if found is not None else "not measured" if name in busy else "rewrites nothing here"
+        words = "; ".join(found or ()) or none
         lines.append(f"| {name} | {words} | {'' if found else PURPOSE.get(name, '')} |")
     lines += [f"| {name} (not default) | {'; '.join(where.get(name, ())) or 'nowhere here'} | |" for name in fusions]
     return lines

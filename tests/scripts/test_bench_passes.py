@@ -101,7 +101,7 @@ def test_tables(page: ModuleType, tmp_path: Path) -> None:
         in text
     )
     assert "| B | m | float16 | 1 | 1.000 | ±0.010 | 1.000 | 0.999900 | 0.999900 | 2 plugins fewer |  |" in text
-    assert "| C | rewrites nothing in these models |" in text
+    assert "| C | rewrites nothing here |" in text
     assert "| m | float16 | 8 | 1.0000 | 0.999900 | 0.0 | 1 | 0 | 2.0 | 0.50 |" in text
     assert "Hurts by more than noise: nothing." in text
     written = (tmp_path / "out.md").read_text()
