@@ -59,6 +59,7 @@ def run_passes(
         check=None if runner is None else runner.feeds(source),
         runner=runner,
         dump_dir=None if folder is None else Path(folder),
+        ranges=model.signature.bounds,
     )
 
 

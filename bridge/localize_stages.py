@@ -37,7 +37,7 @@ def models_by_pass(model: OnnxModel, passes: Pipeline) -> Iterator[tuple[str, On
     for _ in range(_MOST_SWEEPS):
         busy = False
         for item in passes:
-            result = Pipeline((item,)).run(model.proto, model.weights)
+            result = Pipeline((item,)).run(model.proto, model.weights, ranges=model.signature.bounds)
             if result.report.rewrites:
                 busy = True
                 model = dataclasses.replace(model, proto=result.proto, weights=result.weights)

@@ -118,6 +118,11 @@ class Signature:
     complex_outputs: tuple[int, ...] = ()
     profiles: tuple[Mapping[str, Range], ...] = ()
 
+    @property
+    def bounds(self) -> dict[str, tuple[int, int]]:
+        """The least and the largest size of each named dim, over all profiles."""
+        return {name: (low, high) for name, (low, _, high) in self.dims.items()}
+
     def describe_inputs(self) -> list[str]:
         """A line an input: its place in the call, shape, dtype, and the ranges of its dims."""
         lines = []

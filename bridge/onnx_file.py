@@ -269,6 +269,7 @@ def _apply_ranges(
         raise DynamicShapeError(f"dynamic_shapes names {unknown}, but the inputs of {path} are {list(inputs)}.")
     roots: dict[str, Dim] = {}
     replaced: dict[str, str | int] = {}
+    told: list[onnx.TensorShapeProto.Dimension] = []
     for name, value in inputs.items():
         given = dynamic_shapes.get(name) or {}
         sizes = value.type.tensor_type.shape.dim
@@ -294,11 +295,12 @@ def _apply_ranges(
                 )
             if size.dim_param:
                 replaced[size.dim_param] = new
+            told.append(size)
             _set_size(size, new)
-    # The file's own symbols: the same symbol elsewhere is the same dim.
+    # The file's own symbols: the same symbol elsewhere is the same dim. A name of the user's may be one of them.
     for value in [*graph.input, *graph.output]:
         for size in value.type.tensor_type.shape.dim:
-            if size.dim_param in replaced:
+            if size.dim_param in replaced and not any(size is given for given in told):
                 _set_size(size, replaced[size.dim_param])
     static = {name: dim for name, dim in roots.items() if dim.min == dim.max}
     if static:

@@ -3,6 +3,7 @@
 from .convert_precision import ConvertPrecision
 from .default import DEFAULT
 from .fold_constants import FoldConstants
+from .fold_ranges import FoldRanges
 from .fold_shapes import FoldShapes
 from .fuse_attention import FuseAttention
 from .fuse_batch_norm import FuseBatchNorm
@@ -32,6 +33,7 @@ __all__ = [
     "DEFAULT",
     "ConvertPrecision",
     "FoldConstants",
+    "FoldRanges",
     "FoldShapes",
     "FuseAttention",
     "FuseBatchNorm",

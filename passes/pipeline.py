@@ -83,10 +83,18 @@ class Notes:
 
     Attributes:
         opset: version of the standard ONNX operators in this model.
+        ranges: (least, largest) size of named dimensions, whatever profile a call fits; empty where not known.
     """
 
-    def __init__(self, opset: int, weights: Mapping[str, ir.TensorProtocol], names: set[str]) -> None:
+    def __init__(
+        self,
+        opset: int,
+        weights: Mapping[str, ir.TensorProtocol],
+        names: set[str],
+        ranges: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
         self.opset = opset
+        self.ranges: Mapping[str, tuple[int, int]] = dict(ranges or {})
         self._refusals: dict[Refusal, None] = {}  # In the order in which they came, each once.
         self._weights = weights
         self._names = names
@@ -206,6 +214,7 @@ class Pipeline:
         runner: Runner | None = None,
         tolerance: float = 1e-4,
         dump_dir: Path | None = None,
+        ranges: Mapping[str, tuple[int, int]] | None = None,
     ) -> PipelineResult:
         """Run all passes, checking the graph after each, and again until none of them rewrites anything.
 
@@ -222,6 +231,7 @@ class Pipeline:
                 before it.
             dump_dir: folder where the model before all passes and after each is written (`GraphDump`), with a text that
                 says what the pass changed. Files of an earlier dump are removed.
+            ranges: (least, largest) size of named dimensions, as calls will have them; default not known.
 
         Raises:
             PassError: the model is broken, a pass failed or broke it, or it changed inputs, outputs or numbers.
@@ -234,7 +244,7 @@ class Pipeline:
         exchange = Exchange(proto)
         if fault := checks.graph_fault(exchange.graph):
             raise PassError(f"The model is not valid, before any pass: {fault}.")
-        notes = Notes(_opset(proto), weights, exchange.names())
+        notes = Notes(_opset(proto), weights, exchange.names(), ranges)
         dump = None if dump_dir is None else GraphDump(dump_dir, _size(weights))
         if dump is not None:
             dump.add("00_model", proto, weights)
@@ -256,12 +266,12 @@ class Pipeline:
                         dump.add(f"{steps:02}_{item.name}", current, current_weights, str(report))
                     comparison.check(item.name, current, current_weights, item.tolerance)
             except PassError as error:
-                saved = self._save(steps, proto, weights, exchange, dump)
+                saved = self._save(steps, proto, weights, exchange, dump, ranges)
                 raise PassError(f"{error}\n{saved}") from (error.__cause__ or error)
         result, kept = exchange.export(weights)
         fault = checks.onnx_fault(result)
         if fault and not checks.onnx_fault(proto):
-            raise PassError(self._refused_by_checker(fault, steps, proto, weights, dump))
+            raise PassError(self._refused_by_checker(fault, steps, proto, weights, dump, ranges))
         whole = PipelineReport(tuple(reports.values()), comparison.words, time.perf_counter() - start)
         return PipelineResult(result, kept, whole)
 
@@ -272,14 +282,15 @@ class Pipeline:
         proto: onnx.ModelProto,
         weights: Mapping[str, ir.TensorProtocol],
         dump: GraphDump | None,
+        ranges: Mapping[str, tuple[int, int]] | None,
     ) -> str:
         """Words about the first pass after which onnx.checker refuses the model; found by running all again."""
         exchange = Exchange(proto)
-        notes = Notes(_opset(proto), weights, exchange.names())
+        notes = Notes(_opset(proto), weights, exchange.names(), ranges)
         for step, item in enumerate(self._sequence(steps), start=1):
             item.apply(exchange.graph, notes)
             if first := checks.onnx_fault(exchange.export(weights)[0]):
-                saved = self._save(step, proto, weights, exchange, dump)
+                saved = self._save(step, proto, weights, exchange, dump, ranges)
                 return f"{item.name} left a model that onnx.checker refuses: {first}\n{saved}"
         return f"The pipeline left a model that onnx.checker refuses: {fault}"
 
@@ -294,12 +305,13 @@ class Pipeline:
         weights: Mapping[str, ir.TensorProtocol],
         broken: Exchange,
         dump: GraphDump | None,
+        ranges: Mapping[str, tuple[int, int]] | None,
     ) -> str:
         """Write the model before and after a step, the former by running those ahead of it again; says where."""
         *ahead, last = self._sequence(step)
         name = last.name
         exchange = Exchange(proto)
-        notes = Notes(_opset(proto), weights, exchange.names())
+        notes = Notes(_opset(proto), weights, exchange.names(), ranges)
         for item in ahead:
             item.apply(exchange.graph, notes)
         before, before_weights = exchange.export(weights)

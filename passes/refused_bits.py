@@ -12,13 +12,15 @@ from .surgery import element_type, is_standard
 
 _T = onnx.TensorProto
 _SIGNED = (_T.INT32, _T.INT64)
+_SHIFTED: dict[int, tuple[int, int]] = {_T.UINT8: (8, _T.INT8), _T.UINT32: (32, _T.INT32), _T.UINT64: (64, _T.INT64)}
+"""Bits of the types that BitShift takes, and the signed type of as many."""
 _DIGIT = 16
 _OTHER = "what is made of the shifted bits is not a signed number shifted"
 
 
 def invert(f: Fragment) -> None:
     """BitwiseNot of a signed integer: -1 - x, which never overflows."""
-    if f.element(0) == _T.UINT8:
+    if f.element(0) in refused_bytes.SMALL:
         refused_bytes.invert(f)
         return
     element = need_type(f, 0, _SIGNED)
@@ -31,7 +33,7 @@ def binary(f: Fragment) -> None:
     A digit of x in two's complement is floor(x / 16^i) mod 16, also where x is negative. A mask of the lowest bits is
     a remainder.
     """
-    if f.element(0) == f.element(1) == _T.UINT8:
+    if f.element(0) == f.element(1) and f.element(0) in refused_bytes.SMALL:
         refused_bytes.bits(f)
         return
     element = need_type(f, 0, _SIGNED)
@@ -92,31 +94,41 @@ def shift(f: Fragment) -> None:
     """BitShift by a constant of what is a signed number before and after: a product, or a quotient rounded down.
 
     ONNX shifts unsigned numbers alone, so torch.onnx casts, and where it shifts to the right it fills in a negative
-    number's bits. To the left a product wraps around as the shift does.
+    number's bits. To the left a product wraps around as the shift does. 8 bits are shifted in int32.
     """
-    need(f.element(0) in (_T.UINT32, _T.UINT64), "it shifts another type")
-    bits = 32 if f.element(0) == _T.UINT32 else 64
-    signed = _T.INT32 if bits == 32 else _T.INT64
-    before = f.node.inputs[0].inputs
-    need(len(before) == 1 and is_standard(before[0], "Cast"), "what it shifts is no cast of a signed number")
-    source = before[0].inputs[0]
-    need(element_type(source) == signed, "what it shifts is no cast of a signed number")
+    need(f.element(0) in _SHIFTED, "it shifts another type")
+    bits, signed = _SHIFTED[f.element(0)]
     amounts = f.values(1)
-    need(amounts.size == 1 and 0 <= int(amounts.reshape(-1)[0]) < bits - 1, "it shifts by another number of bits")
+    fits = amounts.size == 1 and 0 <= int(amounts.reshape(-1)[0]) < bits - 1
+    need(fits, "it shifts by another number of bits")
     amount = int(amounts.reshape(-1)[0])
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(signed)
-    # Of the rank that the amount has, so that the result keeps its rank.
-    power = np.full(amounts.shape, 1 << amount, dtype)
-    if f.attr("direction") == "LEFT":
+    is_left = f.attr("direction") == "LEFT"
+    before = f.node.inputs[0].inputs
+    is_signed = len(before) == 1 and is_standard(before[0], "Cast") and element_type(before[0].inputs[0]) == signed
+    if bits == 8 and not is_signed:
+        power = f.const(np.full(amounts.shape, 1 << amount, np.int32))
+        number = f.op("Mul" if is_left else "Div", f.cast(f.input(0), _T.INT32), power)
+        f.result(f.cast(refused_bytes.wrapped(f, number, _T.UINT8), _T.UINT8))
+        return
+    need(is_signed, "what it shifts is no cast of a signed number")
+    source = before[0].inputs[0]
+    if is_left:
         readers = f.node.outputs[0].outputs
         need(bool(readers) and all(_is_cast(node, signed) for node in readers), "it stays unsigned")
         need(len(readers) == 1, "it is read twice")
         f.node = readers[0]
-        f.result(f.op("Mul", f.use(source), f.const(power)))
+    else:
+        f.node = _sign_filling(f, source, signed, (1 << bits) - (1 << (bits - amount)))
+    x = f.cast(f.use(source), _T.INT32) if bits == 8 else f.use(source)
+    dtype = np.int32 if bits == 8 else onnx.helper.tensor_dtype_to_np_dtype(signed)
+    # Of the rank that the amount has, so that the result keeps its rank.
+    power = f.const(np.full(amounts.shape, 1 << amount, dtype))
+    if is_left:
+        number = f.op("Mul", x, power)
+        f.result(f.cast(refused_bytes.wrapped(f, number, signed), signed) if bits == 8 else number)
         return
-    f.node = _sign_filling(f, source, signed, (1 << bits) - (1 << (bits - amount)))
-    x, divisor = f.use(source), f.const(power)
-    f.result(f.op("Div", f.op("Sub", x, f.op("Mod", x, divisor)), divisor))
+    number = f.op("Div", f.op("Sub", x, f.op("Mod", x, power)), power)
+    f.result(f.cast(number, signed) if bits == 8 else number)
 
 
 def _is_cast(node: gs.Node, element: int) -> bool:
@@ -143,7 +155,11 @@ def _sign_filling(f: Fragment, source: gs.Tensor, signed: int, ones: int) -> gs.
     need(len(found) == 2 and found[0] is found[1] and filled == 1 and is_standard(found[0], "Where"), _OTHER)
     where = found[0]
     condition = where.inputs[0].inputs
-    need(len(condition) == 1 and is_standard(condition[0], "Less") and condition[0].inputs[0] is source, _OTHER)
+    need(len(condition) == 1 and is_standard(condition[0], "Less"), _OTHER)
+    compared = condition[0].inputs[0]
+    if signed == _T.INT8 and compared.inputs and _is_cast(compared.inputs[0], _T.INT32):
+        compared = compared.inputs[0].inputs[0]  # The comparison of 8 bits was refused, too.
+    need(compared is source, _OTHER)
     zero = condition[0].inputs[1]
     need(isinstance(zero, gs.Constant) and not f.read_constant(zero).any(), _OTHER)
     negative = where.inputs[1].inputs[0].inputs[0].inputs

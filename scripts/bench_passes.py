@@ -1,17 +1,22 @@
-"""What each graph pass does for latency, accuracy and size: the default pipeline beside it less that pass.
+"""What each graph pass does for latency, accuracy and size: the default pipeline beside it less, and plus, that pass.
 
-    python scripts/bench_passes.py --json FILE [--models NAME ...] [--passes NAME ...] [--dtype float16] [--workers 6]
+    python scripts/bench_passes.py --json FILE [--minutes 4] [--models NAME ...] [--passes NAME ...] [--workers 6]
     python scripts/bench_passes.py --render FILE ...       docs/bench-passes.md, of the records of one or more runs
     python scripts/bench_passes.py --cost [--json FILE]    docs/bench-passes-cost.md: the pipeline's own time and memory
 
 Every model is converted with the default pipeline, twice (the second says what noise is), and once less each pass
-that rewrote something in it: a pass that rewrote nothing cannot matter. Conversions run several at once, each in a
-process of its own, and stay in --work, so that a run that was stopped goes on where it was. Then the clock: one model
-after the other, its variants in turns, medians over --repeats batches of calls, replayed from a CUDA graph where that
-works.
+that rewrote something in it: a pass that rewrote nothing cannot matter. Then in a newer opset, which some fusions need,
+without and with each pass that can be added and rewrites something. Conversions run several at once, each in a process
+of its own. Then the clock: one model after the other, its variants in turns, medians over --repeats batches of calls,
+replayed from a CUDA graph where that works.
 
-On a GPU the backend is TensorRT-RTX; with TRTBRIDGE_GPU_TESTS_ON_CPU=1 everything is a dry run of small models with
-ONNX Runtime. Exit status: 0 no pass hurts by more than noise, 1 one does, or a conversion failed.
+Models come in turns of --at-once, those first that say most. With --minutes no turn begins that would end later, by the
+time of the one before it; the record has what is done, and the same command goes on from there.
+
+On a GPU the backend is TensorRT-RTX, and without one with --no-clock, which says what converts and what plugins it
+has. With TRTBRIDGE_GPU_TESTS_ON_CPU=1 everything is a dry run of small models with ONNX Runtime.
+
+Exit status: 0 no pass hurts by more than noise, 1 one does, or a conversion failed.
 """
 
 from __future__ import annotations
@@ -32,20 +37,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
+
+from bench_passes_render import ADDED, AGAIN, ALL, BASE, NEWER, NEWER_OPSET, latest, problems, render  # noqa: E402
+
 DRY_RUN = os.environ.get("TRTBRIDGE_GPU_TESTS_ON_CPU") == "1"
 BACKEND = "onnxruntime" if DRY_RUN else "tensorrt_rtx"
-BASE, AGAIN = "default", "default again"
-NOISE = 0.02
-"""Least difference of two medians that counts, on top of what converting twice shows."""
+FUSIONS = (
+    "FuseLayerNorm", "FuseRmsNorm", "FuseGroupNorm", "FuseGelu", "FuseSilu", "FuseRotaryEmbedding", "FuseBatchNorm",
+    "FoldRanges",
+)  # fmt: skip
+"""Passes that can be added to the default pipeline and are for engines."""
 
 Row = dict[str, Any]
-
-_LEGEND = (
-    "Times are multiples of that with the default pipeline, whose second conversion gives the noise: above 1 the pass "
-    "helps. Cosine is that to eager float32. A pass that rewrites nothing in a model is left out there. *Worse than "
-    f"noise* is a time without the pass below 1 by more than its noise and {NOISE:.0%}, the least difference of two "
-    "medians that counts."
-)
 
 
 # One conversion, in a process of its own.
@@ -59,22 +62,33 @@ def convert(model: str, variant: str, dtype: str, place: Path) -> None:
     import trtbridge as tb
 
     case = models.case_named(model)
-    passes = tb.DEFAULT
-    if variant not in (BASE, AGAIN):
-        passes = passes.without(next(type(item) for item in tb.DEFAULT if item.name == variant))
-    device = torch.device("cpu" if DRY_RUN else "cuda")
+    # TensorRT-RTX builds without a GPU, too; then there is no clock.
+    device = torch.device("cuda" if torch.cuda.is_available() and not DRY_RUN else "cpu")
     kind = models.zoo.DTYPES[dtype]
     row: Row = {"model": model, "variant": variant, "dtype": dtype, "error": ""}
+    passes = pipeline_of(variant)
+    chosen: dict[str, Any] = {"dynamic_shapes": case.dynamic_shapes, "backend": BACKEND, "passes": passes}
+    if variant.startswith((ADDED, NEWER)):
+        # Exporters write attention as one node from opset 23 on, which is no matter of these passes.
+        chosen |= {"opset": NEWER_OPSET, "attention": "decomposed"}
     try:
         module = case.module().to(device, kind)
         args, kwargs = case.example(2, 0, kind, device)
         started = time.perf_counter()
-        made = tb.convert(module, args, kwargs, dynamic_shapes=case.dynamic_shapes, backend=BACKEND, passes=passes)
+        if isinstance(case, models.needs.FileCase):
+            case.write(module, place.with_suffix(".onnx"))
+            made = tb.convert(place.with_suffix(".onnx"), **chosen)
+        else:
+            made = tb.convert(module, args, kwargs, **chosen)
         row["convert_s"] = time.perf_counter() - started
         info = made.program.info
+        rewrites: dict[str, int] = {}
+        for item in info["passes"]:  # behind what is rewritten because it was refused, some passes run once more
+            if item["name"] not in rewrites or item["name"] == "RewriteRefused":
+                rewrites[item["name"]] = rewrites.get(item["name"], 0) + item["rewrites"]
         row |= {
             "stage_s": info["stage_seconds"],
-            "rewrites": {item["name"]: item["rewrites"] for item in info["passes"]},
+            "rewrites": rewrites,
             "engine_bytes": made.program.size_bytes,
             "segments": len(made.program.engines),
             "plugins": len(made.program.plugin_calls),
@@ -86,6 +100,21 @@ def convert(model: str, variant: str, dtype: str, place: Path) -> None:
     place.with_suffix(".json").write_text(json.dumps(row))
 
 
+def pipeline_of(variant: str) -> Any:
+    """The passes of a variant."""
+    import trtbridge as tb
+    from trtbridge import passes
+
+    pipeline = tb.DEFAULT
+    if variant in (BASE, AGAIN, NEWER):
+        return pipeline
+    if variant.startswith((ADDED, ALL)):
+        for name in FUSIONS if variant == ALL else (variant.removeprefix(ADDED),):
+            pipeline = pipeline.insert(getattr(passes, name)(), before=passes.RemoveDeadNodes)
+        return pipeline
+    return pipeline.without(getattr(passes, variant))
+
+
 def convert_all(jobs: Sequence[tuple[str, str]], options: argparse.Namespace) -> dict[tuple[str, str], Row]:
     """Convert what is not in the work folder yet, several at once."""
 
@@ -93,7 +122,9 @@ def convert_all(jobs: Sequence[tuple[str, str]], options: argparse.Namespace) ->
         stem = "".join(letter if letter.isalnum() else "_" for letter in f"{job[0]} {options.dtype} {job[1]}")
         place = options.work / stem
         record = place.with_suffix(".json")
-        if not record.exists():
+        known = json.loads(record.read_text()) if record.exists() else None
+        if known is None or not (known["error"] or place.with_suffix(".trtb").exists()):
+            record.unlink(missing_ok=True)
             command = [sys.executable, __file__, "--worker", *job, options.dtype, str(place)]
             threads = str(max(1, (os.cpu_count() or 1) // options.workers))
             environment = {"OMP_NUM_THREADS": threads, **os.environ}
@@ -202,11 +233,9 @@ def _milliseconds(call: Callable[[], Any], calls: int) -> float:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Convert, measure, and write the record after each model."""
+    """Convert and measure models, some at a time, and write the record after each."""
     import bench_passes_models as models
     from helpers import environment
-
-    from trtbridge import DEFAULT
 
     options.work.mkdir(parents=True, exist_ok=True)
     wanted = options.models or [""]
@@ -215,96 +244,59 @@ def bench(options: argparse.Namespace) -> int:
     if options.json.exists():
         record = json.loads(options.json.read_text())
     record["environment"] = environment()
-    measured = {(row["model"], row["dtype"], row["variant"]) for row in record["rows"]}
-    base = convert_all([(name, BASE) for name in names], options)
-    kinds = list(dict.fromkeys(item.name for item in DEFAULT if not options.passes or item.name in options.passes))
+    asked = sorted(options.passes)
+    bases = [row for row in record["rows"] if (row["dtype"], row["variant"]) == (options.dtype, BASE)]
+    done = {row["model"] for row in bases if row.get("asked", []) in ([], asked)}
+    left = [name for name in names if name not in done]
+    began, longest = time.perf_counter(), 0.0
+    while left:
+        started = time.perf_counter()
+        if options.minutes and longest and started - began + longest > 60 * options.minutes:
+            break
+        turn, left = left[: options.at_once], left[options.at_once :]
+        for name, rows in _converted(turn, options).items():
+            if not options.no_clock:
+                measure(name, [row for row in rows if not row["error"]], options)
+            for row in rows:
+                Path(row.pop("file")).unlink(missing_ok=True)
+            rows[0]["asked"] = asked
+            record["rows"] = [row for row in record["rows"] if (row["model"], row["dtype"]) != (name, options.dtype)]
+            record["rows"] += rows
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+            say(f"{name}: " + ", ".join(f"{row['variant']} {row['ms']:.4f} ms" for row in rows if "ms" in row))
+        longest = max(longest, time.perf_counter() - started)
+    say(render([record], None))
+    if left:
+        say(f"Not measured yet: {', '.join(left)}. The same command goes on there.")
+    return int(bool(problems(latest([record]))))
+
+
+def _converted(names: Sequence[str], options: argparse.Namespace) -> dict[str, list[Row]]:
+    """All variants of some models that matter, by model, the default pipeline first."""
+    import bench_passes_models as models
+
+    from trtbridge import DEFAULT
+
+    def is_asked(kind: str) -> bool:
+        return not options.passes or kind in options.passes
+
+    files = {name for name in names if isinstance(models.case_named(name), models.needs.FileCase)}
+    wants_more = any(map(is_asked, FUSIONS))
+    jobs = [(name, BASE) for name in names]
+    jobs += [(name, AGAIN) for name in names]
+    # A file has the opset that it has.
+    jobs += [(name, variant) for name in names if wants_more and name not in files for variant in (NEWER, ALL)]
+    first = convert_all(jobs, options)
     jobs = []
     for name in names:
-        rewrites = base[name, BASE].get("rewrites", {})
-        jobs += [(name, AGAIN), *((name, kind) for kind in kinds if rewrites.get(kind))]
-    others = convert_all([job for job in jobs if not base[job[0], BASE]["error"]], options)
-    for name in names:
-        rows = [base[name, BASE], *(row for (model, _), row in others.items() if model == name)]
-        if all((name, options.dtype, row["variant"]) in measured for row in rows):
-            continue
-        measure(name, [row for row in rows if not row["error"]], options)
-        record["rows"] = [row for row in record["rows"] if (row["model"], row["dtype"]) != (name, options.dtype)]
-        record["rows"] += rows
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-        say(f"{name}: " + ", ".join(f"{row['variant']} {row.get('ms', float('nan')):.4f} ms" for row in rows))
-    say(render([record], None))
-    return int(bool(verdicts(record["rows"])))
-
-
-def ratios(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, float]]:
-    """By model and dtype: the time of each variant as a multiple of that with the default pipeline."""
-    base = {(row["model"], row["dtype"]): row["ms"] for row in rows if row["variant"] == BASE and "ms" in row}
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        key = (row["model"], row["dtype"])
-        if row["variant"] != BASE and "ms" in row and key in base:
-            found.setdefault(key, {})[row["variant"]] = row["ms"] / base[key]
-    return found
-
-
-def verdicts(rows: Sequence[Row]) -> list[str]:
-    """What is wrong: conversions that failed with the whole pipeline, and passes without which a model is faster."""
-    wrong = [f"{row['model']}: {row['error']}" for row in rows if row["error"] and row["variant"] in (BASE, AGAIN)]
-    for (model, dtype), by_variant in ratios(rows).items():
-        noise = NOISE + abs(by_variant.get(AGAIN, 1.0) - 1)
-        wrong += [f"{variant} hurts {model} ({dtype}): without it {ratio:.3f} of the time"
-                  for variant, ratio in by_variant.items() if variant != AGAIN and ratio < 1 - noise]  # fmt: skip
-    return wrong
-
-
-def render(records: Sequence[Row], out: Path | None) -> str:
-    """The tables in Markdown; the last record that has a model counts."""
-    latest = {(row["model"], row["dtype"], row["variant"]): row for record in records for row in record["rows"]}
-    rows = list(latest.values())
-    known = ratios(rows)
-    by_key = {(row["model"], row["dtype"], row["variant"]): row for row in rows}
-    lines = ["| pass | model | dtype | rewrites | time without it | noise | size without it | cosine with | without |"
-             " |", "|---|---|---|---:|---:|---:|---:|---:|---:|---|"]  # fmt: skip
-    order = list(dict.fromkeys(name for row in rows for name in row.get("rewrites", {})))
-    for kind in order:
-        for row in rows:
-            if row["variant"] != kind:
-                continue
-            key = (row["model"], row["dtype"])
-            base = by_key[(*key, BASE)]
-            ratio, noise = known.get(key, {}).get(kind), abs(known.get(key, {}).get(AGAIN, 1.0) - 1)
-            words = row["error"].partition("\n")[0][:80]
-            if not words and row["plugins"] != base["plugins"]:
-                words = f"{row['plugins']} plugins instead of {base['plugins']}"
-            size = f"{row['engine_bytes'] / base['engine_bytes']:.3f}" if "engine_bytes" in row else "–"
-            time_ = f"{ratio:.3f}" if ratio is not None else "–"
-            cosines = [f"{one['cosine']:.6f}" if "cosine" in one else "–" for one in (base, row)]
-            lines.append(
-                f"| {kind} | {key[0]} | {key[1]} | {base['rewrites'][kind]} | {time_} | ±{noise:.3f} | {size} | "
-                f"{cosines[0]} | {cosines[1]} | {words} |"
-            )
-        if not any(row["variant"] == kind for row in rows):
-            lines.append(f"| {kind} | none | | 0 | | | | | | rewrites nothing in these models |")
-    lines += ["", "| model | dtype | batch | ms | cosine | engine MiB | segments | plugins | build s | passes s |",
-              "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
-    for row in rows:
-        if row["variant"] == BASE and "ms" in row:
-            lines.append(
-                f"| {row['model']} | {row['dtype']} | {row['batch']} | {row['ms']:.4f} | {row['cosine']:.6f} | "
-                f"{row['engine_bytes'] / 2**20:.1f} | {row['segments']} | {row['plugins']} | "
-                f"{row['stage_s'].get('build', 0):.1f} | {row['stage_s'].get('passes', 0):.2f} |"
-            )
-    wrong = verdicts(rows)
-    lines += ["", "Worse than noise: " + ("; ".join(wrong) if wrong else "nothing.")]
-    text = "\n".join(lines) + "\n"
-    if out is not None:
-        about = records[-1].get("environment", {})
-        where = about.get("device", "a CPU (a dry run of small models: times say nothing)")
-        versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
-        head = f"Made by `scripts/bench_passes.py` on {where}, {about.get('date', '')}; {versions}."
-        out.write_text(f"# Passes: what each is good for\n\n{head}\n\n{_LEGEND}\n\n{text}")
-    return text
+        rewrites = first[name, BASE].get("rewrites", {})
+        kinds = dict.fromkeys(item.name for item in DEFAULT)
+        jobs += [(name, kind) for kind in kinds if is_asked(kind) and rewrites.get(kind)]
+        rewrites = first.get((name, ALL), {}).get("rewrites", {})
+        jobs += [(name, ADDED + kind) for kind in FUSIONS if is_asked(kind) and rewrites.get(kind)]
+    rows = first | convert_all(jobs, options)
+    return {name: [row for (model, _), row in rows.items() if model == name] for name in names}
 
 
 def say(text: str) -> None:
@@ -317,9 +309,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="the record; a run adds to what is there")
     parser.add_argument("--models", nargs="+", default=[], help="parts of names (default: all)")
-    parser.add_argument("--passes", nargs="+", default=[], help="names (default: all of the pipeline)")
+    parser.add_argument("--passes", nargs="+", default=[], help="names (default: all of the pipeline, and fusions)")
     parser.add_argument("--dtype", default="float16", choices=["float16", "float32"])
     parser.add_argument("--workers", type=int, default=6, help="conversions at once")
+    parser.add_argument("--at-once", type=int, default=3, help="models that are converted before the clock runs")
+    parser.add_argument("--no-clock", action="store_true", help="convert only: what builds, plugins, sizes; no GPU")
+    parser.add_argument("--minutes", type=float, help="begin no turn that would end later")
     parser.add_argument("--repeats", type=int, default=9, help="batches of calls of each variant")
     parser.add_argument("--convert-timeout", type=float, default=300, metavar="S")
     parser.add_argument("--work", type=Path, help="folder of converted models (default: a temporary one)")

@@ -12,6 +12,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bench_passes_needs as needs  # noqa: E402
 import zoo  # noqa: E402
 
 import trtbridge as tb  # noqa: E402
@@ -139,8 +142,18 @@ def _gpt2(small: bool) -> nn.Module:
     return GPT2Model(GPT2Config(n_embd=width, n_layer=layers, n_head=8, vocab_size=8000, use_cache=False))
 
 
-CASES: tuple[Any, ...] = (
-    *(case for case in zoo.CASES if not case.may_refuse),
+def _cohere(small: bool) -> nn.Module:
+    from transformers import CohereConfig, CohereModel
+
+    width, layers = (64, 2) if small else (512, 6)
+    config = CohereConfig(
+        vocab_size=8000, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=4, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return CohereModel(config)
+
+
+_OWN: tuple[Any, ...] = (
     zoo.Case("by_hand", (), lambda small: ByHand(*((64, 4, 2) if small else (512, 8, 8))), _states, {"x": {0: _BATCH}}),
     zoo.Case(
         "unet", (), lambda small: UNet(32 if small else 256), _unet_inputs, {"x": {0: _BATCH}, "time": {0: _BATCH}}
@@ -148,7 +161,16 @@ CASES: tuple[Any, ...] = (
     zoo.Case("whisper_encoder", ("transformers",), _whisper, _sound, {"input_features": {0: _BATCH}}),
     zoo.Case("swin_tiny", ("timm",), _swin, _whole_images, {"x": {0: _BATCH}}),
     zoo.Case("gpt2", ("transformers",), _gpt2, zoo._decoder_tokens, {"input_ids": {0: _BATCH}}),
+    zoo.Case("cohere", ("transformers",), _cohere, zoo._decoder_tokens, {"input_ids": {0: _BATCH}}),
 )
+_ZOO = tuple(case for case in zoo.CASES if not case.may_refuse)
+_FIRST = ("by_hand", "llama_small", "unet", "resnet50", "cohere", "vit_base_patch16", "gpt2")
+
+CASES: tuple[Any, ...] = (
+    *needs.CASES,
+    *sorted((*_OWN, *_ZOO), key=lambda case: _FIRST.index(case.name) if case.name in _FIRST else len(_FIRST)),
+)
+"""In the order in which they are measured: those first that say most about passes."""
 
 
 def case_named(name: str) -> Any:

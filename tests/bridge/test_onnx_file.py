@@ -76,6 +76,16 @@ def test_ranges_that_do_not_fit(tmp_path: Path, shapes: Any, words: list[str]) -
         assert word in str(caught.value)
 
 
+def test_names_that_the_file_has_for_other_dimensions(tmp_path: Path) -> None:
+    """The user's names go to the dimensions that the user says, and to those that the file gives the same symbol."""
+    text = '<ir_version: 9, opset_import: ["" : 20]> g (float[a,b] x, float[b] z) => (float[a,b] y) { y = Add(x, z) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    shapes = {"x": {0: tb.Dim("b", min=1, max=4), 1: tb.Dim("a", min=5, max=9)}}
+    signature = read_onnx(tmp_path / "m.onnx", shapes).signature
+    assert [spec.shape for spec in (*signature.inputs, *signature.outputs)] == [("b", "a"), ("a",), ("b", "a")]
+    assert signature.bounds == {"b": (1, 4), "a": (5, 9)}
+
+
 def test_a_number_fixes_a_dimension(tmp_path: Path) -> None:
     onnx.save(_model(), tmp_path / "m.onnx")
     fast = tb.convert(tmp_path / "m.onnx", dynamic_shapes={"x": {0: 2}}, backend="onnxruntime")

@@ -69,6 +69,8 @@ ONE_ENGINE: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "bytes": (lambda x, y: (((x + y) * 3).clamp(10, 200) & (y ^ 255)).float() / 255, (BYTES, BYTES.flip(0))),
     "bytes compared and moved": (
         lambda x, y: torch.where(x > 100, x, y).T.reshape(2, -1)[:, 1:], (BYTES, BYTES.flip(0))),
+    "int8 codes": (lambda x, y: torch.where(y > 3, (x & 15) << 4, ~(x >> 4)) + 7 - (x // 3).clamp(-5, 5),
+                   (BYTES.char(), BYTES.char().flip(0))),
     "running product": (lambda x: torch.cumprod(x * 2, 1), (FLOATS,)),
     "scatter add": (lambda x, i: torch.zeros(4, 6).scatter_add(0, i, x) + 1,
                     (torch.randn(4, 6), torch.randint(0, 4, (4, 6)))),

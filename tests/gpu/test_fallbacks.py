@@ -115,3 +115,17 @@ def test_a_small_mixture_of_experts() -> None:
     fast = tb.convert(wrapped, (ids,), backend="tensorrt_rtx")
     with torch.no_grad():
         torch.testing.assert_close(fast(ids), wrapped(ids), rtol=1e-3, atol=1e-3)
+
+
+def test_arithmetic_of_8_bits_wraps_around() -> None:
+    """As in torch, whether the engine computes in int8 or, where there are constants, in int32."""
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        chosen = torch.where(y > 3, (x & 15) << 4, x)
+        return x + y, x * y, x - 100, x * 3, ~(x >> 4) ^ y, x // 3, chosen
+
+    x = torch.arange(-128, 128, dtype=torch.int8, device="cuda").reshape(4, 64)
+    fast = tb.convert(_module(function), (x, x.flip(1)), backend="tensorrt_rtx")
+    assert not fast.program.plugin_calls
+    for mine, wanted in zip(fast(x, x.flip(1)), function(x, x.flip(1)), strict=True):
+        torch.testing.assert_close(mine, wanted)

@@ -1,4 +1,4 @@
-"""Nodes on uint8 in int32: the rules of refused_bytes."""
+"""Nodes on uint8 and int8 in int32: the rules of refused_bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import torch
 
+import trtbridge as tb
 from trtbridge.passes.refused_bytes import OPS
 from trtbridge.passes.rewrite_refused import RewriteRefused
 
@@ -38,15 +40,36 @@ CASES = {
 }
 
 
+SIGNED = "g (int8[5,6] x, int8[5,6] w) => (int8[5,6] y)"
+SIGNED_CASES = {name: text.replace("uint8", "int8").replace("{255}", "{127}") for name, text in CASES.items()} | {
+    "Add of a constant": f"{SIGNED} <int8 c = {{100}}> {{ [n] y = Add (x, c) }}",
+    "Sub of a constant": f"{SIGNED} <int8 c = {{100}}> {{ [n] y = Sub (c, x) }}",
+    "Mul by a constant": f"{SIGNED} <int8 c = {{-3}}> {{ [n] y = Mul (x, c) }}",
+    "Div by -1": f"{SIGNED} <int8 c = {{-1}}> {{ [n] y = Div (x, c) }}",
+    "Mod as fmod": f"{SIGNED} {{ [n] y = Mod <fmod = 1> (x, w) }}",
+    "Greater than a constant": "g (int8[5,6] x) => (bool[5,6] y) <int8 c = {-3}> { [n] y = Greater (x, c) }",
+    "Concat with a constant": "g (int8[2] x) => (int8[4] y) <int8[2] c = {-1,9}> { [n] y = Concat <axis = 0> (x, c) }",
+    "Gather from a constant": "g (int64[3] i) => (int8[3] y) <int8[5] c = {-1,9,-128,127,0}> { [n] y = Gather (c, i) }",
+}
+BUILT = {"Add", "Sub", "Mul", "Div", "Max", "Clip", "Less", "Where", "Transpose", "Split", "Gather",
+         "ReduceMax"}  # fmt: skip
+"""What TensorRT-RTX 1.6.1 and 1.7.1 build in int8 as long as no constant is among the inputs."""
+
+
 def _feeds(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """All of uint8, but no zero in w, by which some divide."""
+    """All of uint8 or int8, but no zero in w, by which some divide."""
     rng = np.random.default_rng(0)
     feeds = {}
     for value in model.graph.input:
         shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        low, high = {"x": (0, 255), "w": (1, 255), "i": (-5, 4)}[value.name]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        limits = np.iinfo(dtype)
+        low, high = (-5, 4) if value.name == "i" else (limits.min, limits.max)
         feeds[value.name] = rng.integers(low, high, shape, dtype, endpoint=True)
+        if value.name == "w":
+            feeds["w"][feeds["w"] == 0] = 1
+        elif value.name == "x":
+            feeds["x"].flat[:2] = (low, high)
     return feeds
 
 
@@ -58,6 +81,54 @@ def test_the_same_numbers_in_int32(tools: SimpleNamespace, rtx_refusal: Callable
     if case != "Where":  # whose condition is a node on uint8, too
         assert rtx_refusal(model) is not None
         assert rtx_refusal(result.proto) is None
+
+
+@pytest.mark.parametrize("case", SIGNED_CASES)
+def test_the_same_numbers_of_int8(tools: SimpleNamespace, rtx_refusal: Callable[..., str | None], case: str) -> None:
+    model = tools.model(SIGNED_CASES[case], 18)
+    result = tools.apply(ONE, model, rewrites=1, feeds=_feeds(model))
+    assert "n" not in {node.name for node in result.proto.graph.node}
+    assert (rtx_refusal(model) is None) == (case in BUILT)
+    assert rtx_refusal(result.proto) is None
+
+
+SHIFTS = {
+    "uint8 to the left": """g (uint8[5,6] x) => (uint8[5,6] y) <uint8 k = {3}>
+        { [n] y = BitShift <direction = "LEFT"> (x, k) }""",
+    "uint8 to the right": """g (uint8[5,6] x) => (uint8[5,6] y) <uint8 k = {3}>
+        { [n] y = BitShift <direction = "RIGHT"> (x, k) }""",
+    "int8 to the left": """g (int8[5,6] x) => (int8[5,6] y) <uint8 k = {3}>
+        { u = Cast <to = 2> (x) [n] v = BitShift <direction = "LEFT"> (u, k) y = Cast <to = 3> (v) }""",
+    "int8 to the right, as torch.onnx writes it": """g (int8[5,6] x) => (int8[5,6] y)
+        <uint8 k = {2}, uint8 ones = {192}, int8 zero = {0}>
+        { below = Less (x, zero) u = Cast <to = 2> (x) [n] v = BitShift <direction = "RIGHT"> (u, k)
+          o = BitwiseOr (v, ones) p = Cast <to = 3> (o) q = Cast <to = 3> (v) y = Where (below, p, q) }""",
+}
+
+
+@pytest.mark.parametrize("case", SHIFTS)
+def test_shifts_of_8_bits(tools: SimpleNamespace, rtx_refusal: Callable[..., str | None], case: str) -> None:
+    model = tools.model(SHIFTS[case], 18)
+    result = tools.apply(ONE, model, rewrites=1, feeds=_feeds(model))
+    assert "BitShift" not in tools.ops(result)
+    assert rtx_refusal(model) is not None
+    if "torch" not in case:  # there a comparison with an int8 constant is left
+        assert rtx_refusal(result.proto) is None
+
+
+def test_a_module_in_int8_is_one_engine() -> None:
+    """Whatever it does with constants, bits and remainders, none of it becomes a plugin."""
+
+    class Codes(torch.nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            low, high = x & 15, x >> 4
+            packed = torch.where(w > 3, low << 4, ~high) + 7
+            return packed, packed.clamp(-5, 5), x // 3, torch.fmod(x, w) - packed % w
+
+    args = tuple(torch.arange(-60, 60, dtype=torch.int8).reshape(4, 30) | 1 for _ in range(2))
+    made = tb.convert(Codes().eval(), args, backend="tensorrt_rtx")
+    assert (len(made.program.engines), len(made.program.plugin_calls)) == (1, 0)
+    assert {item["name"] for item in made.program.info["passes"] if item["rewrites"]} >= {"RewriteRefused"}
 
 
 def test_no_uint8_stands_between_rewritten_nodes(tools: SimpleNamespace) -> None:
@@ -85,8 +156,21 @@ def test_casts_of_the_model_stay(tools: SimpleNamespace) -> None:
     tools.apply(ONE, model, rewrites=1, feeds=feeds)
 
 
+def test_a_cast_of_a_negative_number_to_an_unsigned_type_stays(tools: SimpleNamespace) -> None:
+    model = tools.model(
+        """g (int8[4] x, int8[4] w) => (uint8[4] y, float[4] z)
+        { [n] s = Sub (x, w) y = Cast <to = 2> (s) z = Cast <to = 1> (s) }""",
+        18,
+    )
+    feeds = {"x": np.array([0, 127, -128, 5], np.int8), "w": np.array([1, -1, 1, 1], np.int8)}
+    result = tools.apply(ONE, model, rewrites=1, feeds=feeds)
+    cast = next(node for node in result.proto.graph.node if list(node.output) == ["y"])
+    types = {value.name: value.type.tensor_type.elem_type for value in result.proto.graph.value_info}
+    assert types[cast.input[0]] == onnx.TensorProto.INT8
+
+
 @pytest.mark.parametrize("op", ["Add", "Max"])
 def test_other_types_stay(tools: SimpleNamespace, op: str) -> None:
-    model = tools.model(f"g (int8[4] x) => (int8[4] y) {{ [n] y = {op} (x, x) }}", 18)
-    tools.apply(ONE, model, rewrites=0, refused="not about uint8")
+    model = tools.model(f"g (int32[4] x) => (int32[4] y) {{ [n] y = {op} (x, x) }}", 18)
+    tools.apply(ONE, model, rewrites=0, refused="not about integers of 8 bits")
     assert op in OPS

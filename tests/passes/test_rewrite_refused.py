@@ -222,8 +222,8 @@ NEAR_MISSES: dict[str, tuple[str, int, str]] = {
     "Resize without antialias": (
         """g (float[1,1,4] x) => (float[1,1,2] y) <int64[3] sizes = {1,1,2}>
         { [n] y = Resize <mode = "linear"> (x, , , sizes) }""", 18, "only antialiasing"),
-    "int8 bits": ("g (int8[4] x) => (int8[4] y) { [n] y = BitwiseNot (x) }", 18, "no exact form for int8"),
-    "int8 sums": ("g (int8[4] x) => (int8[4] y) { [n] y = Add (x, x) }", 18, "not about uint8"),
+    "int16 bits": ("g (int16[4] x) => (int16[4] y) { [n] y = BitwiseNot (x) }", 18, "no exact form for int16"),
+    "int32 sums": ("g (int32[4] x) => (int32[4] y) { [n] y = Add (x, x) }", 18, "not about integers of 8 bits"),
     "shift of unsigned numbers": (
         """g (uint32[4] x) => (uint32[4] y) <uint32 k = {1}> { [n] y = BitShift <direction = "LEFT"> (x, k) }""",
         20, "no cast of a signed number"),
