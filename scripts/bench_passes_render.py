@@ -165,7 +165,11 @@ def render(records: Sequence[Row], out: Path | None) -> str:
     text = "\n".join(lines) + "\n"
     if out is not None:
         about = records[-1].get("environment", {})
-        where = about.get("device", "a CPU (a dry run of small models: times say nothing)")
+        dry = "a dry run of small models: times say nothing"
+        no_gpu = (
+            f"a CPU ({dry if about.get('dry_run') else 'engines are built there, and not run: no times, no cosines'})"
+        )
+        where = about.get("device", no_gpu)
         versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
         head = f"Made by `scripts/bench_passes.py` on {where}, {about.get('date', '')}; {versions}."
         out.write_text(f"# Passes: what each is good for\n\n{head}\n\n{text}")
