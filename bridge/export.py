@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -27,12 +27,13 @@ from .trace import MODULE, left_as_found, quiet, shorten, to_eval_mode, trace_mo
 from .tracing import one_at_a_time
 from .translate_calls import call_translation
 from .untranslatable import (
+    Decomposition,
     alike_calls,
     blamed_calls,
-    find_untranslatable,
     forget_pending_sizes,
     mark_calls,
     random_calls,
+    refuse_untranslatable,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,6 @@ class ExportedModule:
     name: str
     opset: int
     parameters: Parameters | None = None
-    _seen_translatable: list[bool] = field(default_factory=list, repr=False, compare=False)
 
     def plugin_problem(self, call: str) -> str:
         """Why a call cannot be a plugin; "" where it can."""
@@ -109,22 +109,18 @@ class ExportedModule:
         """One attempt: the translation, or what must be a plugin besides."""
         forget_pending_sizes(self.program)
         opaque = opaque_calls(self.program)
-        grafted = self.program
+        grafted, decomposed = self.program, Decomposition()
         try:
             grafted = graft_calls(self.program, [call for call in plugins if call not in opaque])
-            if not self._seen_translatable:
-                more = self._possible(find_untranslatable(grafted, self.opset), plugins)
-                if more:
-                    return None, more
-                self._seen_translatable.append(True)  # more plugins change nothing about that
-            onnx_program = torch.onnx.export(
-                grafted,
-                dynamo=True,
-                opset_version=self.opset,
-                custom_translation_table=call_translation(),
-                optimize=False,  # done below, by our own rule
-                verbose=False,
-            )
+            with refuse_untranslatable(grafted, self.opset, lambda calls: self._possible(calls, plugins)) as decomposed:
+                onnx_program = torch.onnx.export(
+                    grafted,
+                    dynamo=True,
+                    opset_version=self.opset,
+                    custom_translation_table=call_translation(),
+                    optimize=False,  # done below, by our own rule
+                    verbose=False,
+                )
             assert onnx_program is not None
             if self.parameters is not None:
                 mark(onnx_program.model, self.parameters, self.program.state_dict, f"{MODULE}.")
@@ -135,7 +131,7 @@ class ExportedModule:
         except ExportError:
             raise
         except Exception as error:
-            more = self._possible(self.alike(blamed_calls(error, grafted, self.opset)), plugins)
+            more = self._possible(self.alike(blamed_calls(error, grafted, self.opset, decomposed)), plugins)
             if not more:
                 raise ExportError(_translation_message(error, self.name)) from error
             return None, more

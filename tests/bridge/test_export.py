@@ -155,3 +155,32 @@ def test_training_flag_means_eval() -> None:
     assert model[0].training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     torch.testing.assert_close(fast(x), model.eval()(x))
+
+
+def test_decomposing_is_done_once_an_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is half of what a translation costs: one for what cannot be translated, one with that as plugins."""
+    decompose = torch.export.ExportedProgram.run_decompositions
+    done = []
+
+    def count(self: torch.export.ExportedProgram, *args: object, **kwargs: object) -> torch.export.ExportedProgram:
+        done.append(1)
+        return decompose(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", count)
+
+    class Decomposed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.softplus(x).square() + torch.addcmul(x, x, x)
+
+    model = export(Decomposed(), (torch.randn(2, 4),))
+    assert len(done) == 1
+    assert not any(node.domain for node in model.proto.graph.node)
+
+    class Untranslatable(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.hypot(torch.special.bessel_j0(x), x) + torch.hypot(x, x + 1)
+
+    done.clear()
+    model = export(Untranslatable(), (torch.randn(2, 4),))
+    assert len(done) == 2
+    assert sum(node.domain == "trtbridge" for node in model.proto.graph.node) == 3
