@@ -17,7 +17,7 @@ from ..passes.parameters import set_parameter_names
 from .arguments import Arguments, collect
 from .dims import Range, Size
 from .dtypes import from_torch
-from .graft import graft_calls, opaque_calls
+from .graft import graft_calls, graft_problems, opaque_calls
 from .model import INLINE_LIMIT_BYTES, ORIGIN_KEY, OnnxModel, Origin, Signature, TensorSpec, make_stand_in
 from .origins import compact_origins, strip_prefix
 from .parameters import Parameters, describe_parameters, mark, marked
@@ -66,13 +66,9 @@ class ExportedModule:
     opset: int
     parameters: Parameters | None = None
 
-    def plugin_problem(self, call: str) -> str:
-        """Why a call cannot be a plugin; "" where it can."""
-        try:
-            graft_calls(self.program, [call])
-        except PluginError as error:
-            return str(error)
-        return ""
+    def plugin_problems(self, calls: Iterable[str]) -> dict[str, str]:
+        """Why calls cannot be plugins, by call; those that can be are not in it."""
+        return graft_problems(self.program, calls)
 
     def to_onnx(self, plugins: Mapping[str, str]) -> tuple[OnnxModel, dict[str, str]]:
         """Translate, with some calls as plugin nodes, and those besides that torch.onnx cannot translate.
@@ -102,7 +98,9 @@ class ExportedModule:
 
     def _possible(self, calls: Mapping[str, str], plugins: Mapping[str, str]) -> dict[str, str]:
         """Those of some calls that are not plugins yet and can be."""
-        return {c: reason for c, reason in calls.items() if c not in plugins and not self.plugin_problem(c)}
+        new = {call: reason for call, reason in calls.items() if call not in plugins}
+        problems = self.plugin_problems(new) if new else {}
+        return {call: reason for call, reason in new.items() if call not in problems}
 
     @one_at_a_time
     def _translate(self, plugins: Mapping[str, str]) -> tuple[torch.onnx.ONNXProgram | None, dict[str, str]]:

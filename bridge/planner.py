@@ -121,7 +121,8 @@ class Planner:
         if isinstance(source, ExportedModule):
             known = {node.name for node in source.program.graph.nodes}
             calls = {call: why for call, why in learned.get("calls", {}).items() if call in known}
-            self.calls |= {call: why for call, why in calls.items() if not source.plugin_problem(call)}
+            problems = source.plugin_problems(calls) if calls else {}
+            self.calls |= {call: why for call, why in calls.items() if call not in problems}
         self.nodes |= learned.get("nodes", {})
         self.outside |= set(learned.get("outside", ()))
         self.refused.half |= set(learned.get("full", ()))
@@ -314,19 +315,16 @@ class Planner:
 
     def _add_calls(self, calls: Mapping[str, str]) -> bool:
         assert isinstance(self.source, ExportedModule) or not calls
-        added = False
-        for call, reason in calls.items():
-            if call in self.calls or call in self._fixed:
-                continue
-            problem = self.source.plugin_problem(call)  # type: ignore[union-attr]
-            if problem:
-                logger.warning("%s should be a plugin, for %s; it cannot: %s", call, reason, problem)
+        new = {call: why for call, why in calls.items() if call not in self.calls and call not in self._fixed}
+        problems = self.source.plugin_problems(new) if new else {}  # type: ignore[union-attr]
+        for call, reason in new.items():
+            if call in problems:
+                logger.warning("%s should be a plugin, for %s; it cannot: %s", call, reason, problems[call])
                 self._fixed.add(call)
                 continue
             logger.info("%s becomes a plugin: %s", call, reason)
             self.calls[call] = reason
-            added = True
-        return added
+        return len(new) > len(problems)
 
     def _model(self) -> OnnxModel:
         self.source = with_opset(self.source, self.options)

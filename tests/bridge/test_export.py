@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import trtbridge as tb
-from trtbridge.bridge.export import export
+from trtbridge.bridge.export import export, trace
 from trtbridge.bridge.model import EXTERNAL_LOCATION, Origin
 
 
@@ -184,3 +184,15 @@ def test_decomposing_is_done_once_an_attempt(monkeypatch: pytest.MonkeyPatch) ->
     model = export(Untranslatable(), (torch.randn(2, 4),))
     assert len(done) == 2
     assert sum(node.domain == "trtbridge" for node in model.proto.graph.node) == 3
+
+
+def test_asking_what_can_be_a_plugin_compiles_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles a graph for each GraphModule: with a question for each call that took minutes."""
+    traced = trace(Net().eval(), (torch.randn(2, 5, 32),))
+    calls = [node.name for node in traced.program.graph.nodes if node.op == "call_function"]
+
+    def refuse(self: torch.fx.GraphModule) -> None:
+        raise AssertionError("a graph is compiled")
+
+    monkeypatch.setattr(torch.fx.GraphModule, "recompile", refuse)
+    assert traced.plugin_problems(calls) == {}
