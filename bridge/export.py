@@ -26,6 +26,7 @@ from .structure import Structure
 from .trace import MODULE, left_as_found, quiet, shorten, to_eval_mode, trace_module
 from .tracing import one_at_a_time
 from .translate_calls import call_translation
+from .translations import corrected_translations
 from .untranslatable import (
     Decomposition,
     alike_calls,
@@ -115,7 +116,7 @@ class ExportedModule:
                     grafted,
                     dynamo=True,
                     opset_version=self.opset,
-                    custom_translation_table=call_translation(),
+                    custom_translation_table=call_translation() | corrected_translations(),
                     optimize=False,  # done below, by our own rule
                     verbose=False,
                 )

@@ -196,3 +196,13 @@ def test_asking_what_can_be_a_plugin_compiles_no_graph(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.fx.GraphModule, "recompile", refuse)
     assert traced.plugin_problems(calls) == {}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6, 6), (3, 4, 6, 6)])
+def test_a_convolution_over_three_axes_without_bias(shape: tuple[int, ...]) -> None:
+    """torchlib's translation has a bias of two axes, which nothing takes."""
+    net = torch.nn.Conv3d(3, 8, (2, 3, 3), stride=(2, 1, 1), padding=(0, 1, 1), bias=False).eval()
+    x = torch.randn(shape)
+    fast = tb.convert(net, (x,), backend="onnxruntime")
+    assert not fast.program.plugin_calls
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
