@@ -42,7 +42,7 @@ from .quantize import quantized_nodes
 from .recipes import bake
 from .rewrites import Rewrites, Site
 from .stages import Stages
-from .untranslatable import sharing_calls
+from .untranslatable import reading_calls, sharing_calls
 from .verify import find_wrong_calls
 
 logger = logging.getLogger(__name__)
@@ -280,7 +280,10 @@ class Planner:
         if calls and isinstance(self.source, ExportedModule):
             types = {r.origin.call: r.op_type for r in refusals if r.origin.call in calls}
             made = ((origin_of(node).call, node.op_type) for node in self._nodes)
-            calls |= {other: calls[c] for other, c in sharing_calls(self.source.program, types, made).items()}
+            shared = sharing_calls(self.source.program, types, made)
+            owners = {r.node: r.origin.call for r in refusals if r.origin.call in calls}
+            shared |= reading_calls(self.source.program, self._nodes, owners)
+            calls |= {other: calls[call] for other, call in shared.items() if other not in calls}
         if self._add_calls(calls):
             return True
         for refusal in refusals:  # also those whose call has just turned out to be none that can be a plugin

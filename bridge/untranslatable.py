@@ -6,13 +6,15 @@ import contextlib
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import torch
 
 from .graft import CALL
+from .model import origin_of
 
 # A line of the stack trace by which a node of the decomposed program tells which call it comes from. Decomposing keeps
 # stack traces and nothing else that the exporter hands on.
@@ -234,6 +236,50 @@ def sharing_calls(
         for other in alike_calls(program, {call: ""}):
             if other not in refused and (other, op_type) not in own:
                 found[other] = call
+    return found
+
+
+def reading_calls(
+    program: torch.export.ExportedProgram, nodes: Sequence[onnx.NodeProto], refused: Mapping[str, str]
+) -> dict[str, str]:
+    """Calls, of whatever op, that read what a refused node makes on its way to the result of another call.
+
+    Equal nodes of several calls become one, which is the first call's; that one is a plugin next, and then the others
+    have such a node of their own. (Indices by one mask, in a read and in a write, share its NonZero.)
+
+    Args:
+        program: marked (`mark_calls`).
+        nodes: of the graph, in order.
+        refused: by name of a refused node the call that it belongs to.
+
+    Returns:
+        By call the refused one that it shares a node with.
+    """
+    calls = {node.name: node for node in program.graph.nodes}
+    found: dict[str, str] = {}
+    owners = set(refused.values()) & calls.keys()
+    after = {owner: _descendants(calls[owner]) for owner in owners}
+    inner: dict[str, set[str]] = {owner: set() for owner in owners}  # tensors from the refused node to the result
+    for node in nodes:
+        call = origin_of(node).call
+        for owner in owners:
+            reads = not inner[owner].isdisjoint(node.input)
+            if refused.get(node.name) == owner or (reads and call == owner):
+                results = {owner, *(user.name for user in calls[owner].users if user.target is operator.getitem)}
+                inner[owner].update(name for name in node.output if name and name not in results)
+            elif reads and call in calls and call not in owners and calls[call] not in after[owner]:
+                found.setdefault(call, owner)
+    return found
+
+
+def _descendants(node: torch.fx.Node) -> set[torch.fx.Node]:
+    """All that a call's result goes into."""
+    found: set[torch.fx.Node] = set()
+    pending = [node]
+    while pending:
+        users = pending.pop().users.keys() - found
+        found |= users
+        pending += users
     return found
 
 
