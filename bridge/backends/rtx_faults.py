@@ -10,6 +10,8 @@ no sign of any (tests/gpu/test_rtx_faults.py). The other form computes the same,
   again from slices, or reshaped to the shape that it has), the compiler drops the moves and writes only one of the two;
   the other is whatever was in memory. An Identity between the tensor and the first result is enough.
 * **Reductions of a rotation**, and **convolutions of one position over few**: rtx_fault_rules.py.
+
+And what is computed right, but takes the builder minutes or hours, is written otherwise by rtx_slow_rules.py.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from onnx import helper, numpy_helper
 from ..model import iterate_nodes
 from .rtx_fault_rules import SUFFIX as _SUFFIX
 from .rtx_fault_rules import Facts, multiply_pointwise, turn_by_index
+from .rtx_slow_rules import cut_reductions
 
 _TOP_K = ("TopK", "ArgMax", "ArgMin")
 _MOVES = {
@@ -54,7 +57,7 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
     }
     results = _moved_results(graph)
     facts = Facts(graph)
-    rewritten = [turn_by_index(graph, facts), multiply_pointwise(graph, facts)]
+    rewritten = [turn_by_index(graph, facts), multiply_pointwise(graph, facts), cut_reductions(graph, facts)]
     instead = {index: made for rule in rewritten for index, made in rule.nodes.items()}
     if not lifted and not results and not instead:
         return proto
