@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
 from onnxscript.function_libs.torch_lib.ops import core
+
+op: Any = opset18  # its types know no Python numbers, which the exporter makes constants of
 
 
 def corrected_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
