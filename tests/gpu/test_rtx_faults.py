@@ -150,3 +150,20 @@ def test_products_of_many_rows(backend: str, device: torch.device) -> None:
             expected = module(x)
         similar = F.cosine_similarity(converted(x).flatten(), expected.flatten(), 0)
         assert float(similar) > 0.9999
+
+
+class Sinkhorn(torch.nn.Module):
+    """Rows and columns that sum to one: the builder did not get done with it; sums of sums are products now."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.softmax(-1)
+        for _ in range(20):
+            x = x / (x.sum(-1, keepdim=True) + 1e-6)
+            x = x / (x.sum(-2, keepdim=True) + 1e-6)
+        return x
+
+
+def test_sums_of_sums(backend: str, device: torch.device) -> None:
+    x = torch.randn(2, 16, 4, 4, device=device)
+    found = tb.convert(Sinkhorn(), (x,), backend=backend)(x)
+    torch.testing.assert_close(found, Sinkhorn()(x), rtol=1e-4, atol=1e-5)
