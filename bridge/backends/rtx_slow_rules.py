@@ -33,8 +33,7 @@ def cut_reductions(graph: onnx.GraphProto, facts: Facts) -> Instead:
         x6 = x5 / ReduceSum(x5, -2)                      x6 = x5 / MatMul(ones, x5)
 
     The compiler puts all that comes before into the kernel of each reduction, once for every time that it is read, so
-    that its work doubles and more with each further one (Sinkhorn's algorithm in transformers' DeepSeek-V4, linear
-    attention as a recurrence). A product is a kernel of its own.
+    that its work doubles and more with each further one (Sinkhorn's algorithm in transformers' DeepSeek-V4).
     """
     instead = Instead({}, [])
     outputs = {value.name for value in graph.output}
