@@ -257,7 +257,8 @@ def reading_calls(
     """
     calls = {node.name: node for node in program.graph.nodes}
     found: dict[str, str] = {}
-    owners = set(refused.values()) & calls.keys()
+    # Who reads what a call writes to, or a view of it, stands in no edge of the program.
+    owners = {call for call in refused.values() if call in calls and _makes_its_own(calls[call])}
     after = {owner: _descendants(calls[owner]) for owner in owners}
     inner: dict[str, set[str]] = {owner: set() for owner in owners}  # tensors from the refused node to the result
     for node in nodes:
@@ -270,6 +271,14 @@ def reading_calls(
             elif reads and call in calls and call not in owners and calls[call] not in after[owner]:
                 found.setdefault(call, owner)
     return found
+
+
+def _makes_its_own(node: torch.fx.Node) -> bool:
+    """Whether a call's results are new tensors, and it writes to none."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema
+    return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
 
 
 def _descendants(node: torch.fx.Node) -> set[torch.fx.Node]:
