@@ -193,7 +193,8 @@ def evaluate_range(size: Size, dims: Mapping[str, Range]) -> Range | None:
     """(min, opt, max) of a size; None where it names a dim without a range.
 
     An expression may fall where a dim grows (``10 - n``), so it is evaluated at every corner of the ranges. That is
-    exact for expressions monotone in each dim, as those of convolutions, reshapes and concatenations are.
+    exact for expressions monotone in each dim, as those of convolutions, reshapes and concatenations are. A dim that
+    may be 0 and that something is divided by counts from 1: no call has a shape where it is 0.
     """
     if isinstance(size, int):
         return (size, size, size)
@@ -202,11 +203,18 @@ def evaluate_range(size: Size, dims: Mapping[str, Range]) -> Range | None:
     names = sorted(names_in(size))
     corners = itertools.product(*({dims[name][0], dims[name][2]} for name in names))
     try:
-        values = [evaluate_size(size, dict(zip(names, corner, strict=True))) for corner in corners]
-        opt = evaluate_size(size, {name: dims[name][1] for name in names})
+        values = [_evaluate_corner(size, dict(zip(names, corner, strict=True))) for corner in corners]
+        opt = _evaluate_corner(size, {name: dims[name][1] for name in names})
     except (DynamicShapeError, ZeroDivisionError):
         return None
     return (min(*values, opt), opt, max(*values, opt))
+
+
+def _evaluate_corner(size: str, sizes: Mapping[str, int]) -> int:
+    try:
+        return evaluate_size(size, sizes)
+    except ZeroDivisionError:
+        return evaluate_size(size, {name: max(1, value) for name, value in sizes.items()})
 
 
 def evaluate_shape(shape: Sequence[Size], sizes: Mapping[str, int]) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -15,9 +15,10 @@ from ..errors import ExportError, PluginError
 from ..nodes import DOMAIN, REASON_KEY
 from ..passes.parameters import set_parameter_names
 from .arguments import Arguments, collect
+from .corrected_translations import corrected_translations
 from .dims import Range, Size
 from .dtypes import from_torch
-from .graft import graft_calls, opaque_calls
+from .graft import graft_calls, graft_problems, opaque_calls
 from .model import INLINE_LIMIT_BYTES, ORIGIN_KEY, OnnxModel, Origin, Signature, TensorSpec, make_stand_in
 from .origins import compact_origins, strip_prefix
 from .parameters import Parameters, describe_parameters, mark, marked
@@ -28,12 +29,13 @@ from .tracing import one_at_a_time
 from .translate_calls import call_translation
 from .translations import shared_translations
 from .untranslatable import (
+    Decomposition,
     alike_calls,
     blamed_calls,
-    find_untranslatable,
     forget_pending_sizes,
     mark_calls,
     random_calls,
+    refuse_untranslatable,
 )
 
 logger = logging.getLogger(__name__)
@@ -65,15 +67,10 @@ class ExportedModule:
     name: str
     opset: int
     parameters: Parameters | None = None
-    _seen_translatable: list[bool] = field(default_factory=list, repr=False, compare=False)
 
-    def plugin_problem(self, call: str) -> str:
-        """Why a call cannot be a plugin; "" where it can."""
-        try:
-            graft_calls(self.program, [call])
-        except PluginError as error:
-            return str(error)
-        return ""
+    def plugin_problems(self, calls: Iterable[str]) -> dict[str, str]:
+        """Why calls cannot be plugins, by call; those that can be are not in it."""
+        return graft_problems(self.program, calls)
 
     def to_onnx(self, plugins: Mapping[str, str]) -> tuple[OnnxModel, dict[str, str]]:
         """Translate, with some calls as plugin nodes, and those besides that torch.onnx cannot translate.
@@ -103,27 +100,27 @@ class ExportedModule:
 
     def _possible(self, calls: Mapping[str, str], plugins: Mapping[str, str]) -> dict[str, str]:
         """Those of some calls that are not plugins yet and can be."""
-        return {c: reason for c, reason in calls.items() if c not in plugins and not self.plugin_problem(c)}
+        new = {call: reason for call, reason in calls.items() if call not in plugins}
+        problems = self.plugin_problems(new) if new else {}
+        return {call: reason for call, reason in new.items() if call not in problems}
 
     @one_at_a_time
     def _translate(self, plugins: Mapping[str, str]) -> tuple[torch.onnx.ONNXProgram | None, dict[str, str]]:
         """One attempt: the translation, or what must be a plugin besides."""
         forget_pending_sizes(self.program)
         opaque = opaque_calls(self.program)
-        grafted = self.program
+        grafted, decomposed = self.program, Decomposition()
         try:
             grafted = graft_calls(self.program, [call for call in plugins if call not in opaque])
-            if not self._seen_translatable:
-                more = self._possible(find_untranslatable(grafted, self.opset), plugins)
-                if more:
-                    return None, more
-                self._seen_translatable.append(True)  # more plugins change nothing about that
-            with shared_translations(self.opset):
+            with (
+                shared_translations(self.opset),
+                refuse_untranslatable(grafted, self.opset, lambda calls: self._possible(calls, plugins)) as decomposed,
+            ):
                 onnx_program = torch.onnx.export(
                     grafted,
                     dynamo=True,
                     opset_version=self.opset,
-                    custom_translation_table=call_translation(),
+                    custom_translation_table=call_translation() | corrected_translations(),
                     optimize=False,  # done below, by our own rule
                     verbose=False,
                 )
@@ -137,7 +134,7 @@ class ExportedModule:
         except ExportError:
             raise
         except Exception as error:
-            more = self._possible(self.alike(blamed_calls(error, grafted, self.opset)), plugins)
+            more = self._possible(self.alike(blamed_calls(error, grafted, self.opset, decomposed)), plugins)
             if not more:
                 raise ExportError(_translation_message(error, self.name)) from error
             return None, more

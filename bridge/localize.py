@@ -179,8 +179,8 @@ class _Search:
         check_inputs(given.signature, self.reference.inputs, "the converted graph")
         if isinstance(self.source, OnnxModel):
             return self._stages([("given graph", given)], self.source)
-        problem = self.source.plugin_problem
-        export, _ = self.source.to_onnx({call: "" for call in _plugin_calls(given) if not problem(call)})
+        problems = self.source.plugin_problems(calls := _plugin_calls(given))
+        export, _ = self.source.to_onnx({call: "" for call in calls if call not in problems})
         return self._stages([("export", export), ("given graph", given)], None)
 
     def _stages(self, models: Sequence[tuple[str, OnnxModel]], before: OnnxModel | None) -> LocalizeReport:

@@ -42,7 +42,7 @@ from .quantize import quantized_nodes
 from .recipes import bake
 from .rewrites import Rewrites, Site
 from .stages import Stages
-from .untranslatable import sharing_calls
+from .untranslatable import reading_calls, sharing_calls
 from .verify import find_wrong_calls
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ class Planner:
         if isinstance(source, ExportedModule):
             known = {node.name for node in source.program.graph.nodes}
             calls = {call: why for call, why in learned.get("calls", {}).items() if call in known}
-            self.calls |= {call: why for call, why in calls.items() if not source.plugin_problem(call)}
+            problems = source.plugin_problems(calls) if calls else {}
+            self.calls |= {call: why for call, why in calls.items() if call not in problems}
         self.nodes |= learned.get("nodes", {})
         self.outside |= set(learned.get("outside", ()))
         self.refused.half |= set(learned.get("full", ()))
@@ -279,7 +280,10 @@ class Planner:
         if calls and isinstance(self.source, ExportedModule):
             types = {r.origin.call: r.op_type for r in refusals if r.origin.call in calls}
             made = ((origin_of(node).call, node.op_type) for node in self._nodes)
-            calls |= {other: calls[c] for other, c in sharing_calls(self.source.program, types, made).items()}
+            shared = sharing_calls(self.source.program, types, made)
+            owners = {r.node: r.origin.call for r in refusals if r.origin.call in calls}
+            shared |= reading_calls(self.source.program, self._nodes, owners)
+            calls |= {other: calls[call] for other, call in shared.items() if other not in calls}
         if self._add_calls(calls):
             return True
         for refusal in refusals:  # also those whose call has just turned out to be none that can be a plugin
@@ -314,19 +318,16 @@ class Planner:
 
     def _add_calls(self, calls: Mapping[str, str]) -> bool:
         assert isinstance(self.source, ExportedModule) or not calls
-        added = False
-        for call, reason in calls.items():
-            if call in self.calls or call in self._fixed:
-                continue
-            problem = self.source.plugin_problem(call)  # type: ignore[union-attr]
-            if problem:
-                logger.warning("%s should be a plugin, for %s; it cannot: %s", call, reason, problem)
+        new = {call: why for call, why in calls.items() if call not in self.calls and call not in self._fixed}
+        problems = self.source.plugin_problems(new) if new else {}  # type: ignore[union-attr]
+        for call, reason in new.items():
+            if call in problems:
+                logger.warning("%s should be a plugin, for %s; it cannot: %s", call, reason, problems[call])
                 self._fixed.add(call)
                 continue
             logger.info("%s becomes a plugin: %s", call, reason)
             self.calls[call] = reason
-            added = True
-        return added
+        return len(new) > len(problems)
 
     def _model(self) -> OnnxModel:
         self.source = with_opset(self.source, self.options)

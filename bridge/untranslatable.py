@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import torch
 
 from .graft import CALL
+from .model import origin_of
 from .translations import translations
 
 # A line of the stack trace by which a node of the decomposed program tells which call it comes from. Decomposing keeps
@@ -56,57 +59,102 @@ def random_calls(program: torch.export.ExportedProgram) -> dict[str, str]:
     return found
 
 
-def find_untranslatable(program: torch.export.ExportedProgram, opset: int) -> dict[str, str]:
+class UntranslatableError(Exception):
     """Calls that the exporter neither translates nor decomposes into what it translates.
+
+    Attributes:
+        calls: the reason by name of the call.
+    """
+
+    def __init__(self, calls: dict[str, str]) -> None:
+        super().__init__(f"torch.onnx cannot translate {', '.join(calls)}")
+        self.calls = calls
+
+
+@dataclass
+class Decomposition:
+    """What the exporter decomposed a program into: decomposing takes a good part of its time, so that it is done once.
+
+    Attributes:
+        program: the result; None as long as it was not made. The exporter goes on to change it.
+    """
+
+    program: torch.export.ExportedProgram | None = None
+
+
+@contextlib.contextmanager
+def refuse_untranslatable(
+    program: torch.export.ExportedProgram, opset: int, possible: Callable[[dict[str, str]], dict[str, str]]
+) -> Iterator[Decomposition]:
+    """While this lasts, the exporter ends as soon as it has decomposed a program into what it cannot translate.
+
+    So all such calls are known at once, rather than the first that it comes to.
 
     Args:
         program: marked (`mark_calls`).
+        opset: ONNX opset.
+        possible: of the calls found those for which it is to end.
+
+    Raises:
+        UntranslatableError: from inside the exporter, which raises its own error from it.
+    """
+    found = Decomposition()
+    decompose = program.run_decompositions
+
+    def decompose_and_look(*args: Any, **kwargs: Any) -> torch.export.ExportedProgram:
+        found.program = decompose(*args, **kwargs)
+        calls = possible(find_untranslatable(found.program, opset))
+        if calls:
+            raise UntranslatableError(calls)
+        return found.program
+
+    vars(program)["run_decompositions"] = decompose_and_look  # of this one object
+    try:
+        yield found
+    finally:
+        del vars(program)["run_decompositions"]
+
+
+def find_untranslatable(decomposed: torch.export.ExportedProgram, opset: int) -> dict[str, str]:
+    """Calls that the exporter does not translate.
+
+    Args:
+        decomposed: by the exporter, of a program that was marked (`mark_calls`).
         opset: ONNX opset.
 
     Returns:
         The reason by name of the call.
     """
-    from torch.onnx._internal.exporter import _decomp, _dispatching  # no public view of it exists
+    from torch.onnx._internal.exporter import _dispatching  # no public view of it exists
 
     registry = translations(opset)
-
-    def is_translated(node: torch.fx.Node) -> bool:
-        # Calls of Python's own operators are arithmetic over sizes, and assertions are left out.
-        if not isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)) or _is_dropped(node):
-            return True
-        return node.target is CALL or _dispatching.dispatch(node, registry)[0] is not None
-
-    # The usual case: every op is translated as it stands, and decomposing, which takes time, need not be tried.
-    if all(is_translated(node) for node in _all_calls(program.graph_module)):
-        return {}
-    table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
-    forget_pending_sizes(program)
-    try:
-        decomposed = program.run_decompositions(table)
-        forget_pending_sizes(program)
-    except Exception as error:
-        return blamed_calls(error, program, opset)
     found: dict[str, str] = {}
     for node in _all_calls(decomposed.graph_module):
-        if not is_translated(node):
-            name = marked_call(node.meta.get("stack_trace"))
-            if name:
-                found.setdefault(name, _NO_FUNCTION.format(node.target))
+        # Calls of Python's own operators are arithmetic over sizes, and assertions are left out.
+        if not isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)) or _is_dropped(node):
+            continue
+        if node.target is CALL or _dispatching.dispatch(node, registry)[0] is not None:
+            continue
+        name = marked_call(node.meta.get("stack_trace"))
+        if name:
+            found.setdefault(name, _NO_FUNCTION.format(node.target))
     return found
 
 
-def blamed_calls(error: BaseException, program: torch.export.ExportedProgram, opset: int) -> dict[str, str]:
+def blamed_calls(
+    error: BaseException, program: torch.export.ExportedProgram, opset: int, decomposed: Decomposition
+) -> dict[str, str]:
     """The calls that an export failure is about, with the exporter's words.
 
     The exporter names nodes of the decomposed program, or of the program itself where decomposing fails.
     """
-    from torch.onnx._internal.exporter import _decomp
-
     executing: dict[str, str] = {}
     translating: dict[str, str] = {}
     cause: BaseException | None = error
     words = str(error)
     while cause is not None:
+        if isinstance(cause, UntranslatableError):
+            return cause.calls
         words = str(cause).strip()
         executing.update((name, words) for name in _EXECUTING.findall(words))
         translating.update((name, words) for name in _TRANSLATING.findall(words))
@@ -117,22 +165,17 @@ def blamed_calls(error: BaseException, program: torch.export.ExportedProgram, op
     found = {name: reason for name in executing if name in own}
     if found:
         return found
-    registry = translations(opset)
-    table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
-    forget_pending_sizes(program)
-    decomposed = None
-    with contextlib.suppress(Exception):
-        decomposed = program.run_decompositions(table)
-    if decomposed is not None and translating:
-        for node in _all_calls(decomposed.graph_module):
-            # Type promotion gives a node of the decomposed program a new name that begins with the old one.
-            if any(name == node.name or name.startswith(f"{node.name}_") for name in translating):
-                call = marked_call(node.meta.get("stack_trace"))
-                if call:
-                    found[call] = reason
+    if decomposed.program is not None and translating:
+        # Names are those after type promotion, which gives a node a new name that begins with the old one.
+        nodes = list(_all_calls(decomposed.program.graph_module))
+        failed = [node for node in nodes if node.name in translating] or [
+            node for node in nodes if any(name.startswith(f"{node.name}_") for name in translating)
+        ]
+        found = {call: reason for node in failed if (call := marked_call(node.meta.get("stack_trace")))}
     if found:
         return found
     # The exporter fails without naming a call: those that are not translated as they stand come into question.
+    registry = translations(opset)
     return {
         node.name: reason
         for node in call_nodes(program.graph_module)
@@ -185,6 +228,59 @@ def sharing_calls(
         for other in alike_calls(program, {call: ""}):
             if other not in refused and (other, op_type) not in own:
                 found[other] = call
+    return found
+
+
+def reading_calls(
+    program: torch.export.ExportedProgram, nodes: Sequence[onnx.NodeProto], refused: Mapping[str, str]
+) -> dict[str, str]:
+    """Calls, of whatever op, that read what a refused node makes on its way to the result of another call.
+
+    Equal nodes of several calls become one, which is the first call's; that one is a plugin next, and then the others
+    have such a node of their own. (Indices by one mask, in a read and in a write, share its NonZero.)
+
+    Args:
+        program: marked (`mark_calls`).
+        nodes: of the graph, in order.
+        refused: by name of a refused node the call that it belongs to.
+
+    Returns:
+        By call the refused one that it shares a node with.
+    """
+    calls = {node.name: node for node in program.graph.nodes}
+    found: dict[str, str] = {}
+    # Who reads what a call writes to, or a view of it, stands in no edge of the program.
+    owners = {call for call in refused.values() if call in calls and _makes_its_own(calls[call])}
+    after = {owner: _descendants(calls[owner]) for owner in owners}
+    inner: dict[str, set[str]] = {owner: set() for owner in owners}  # tensors from the refused node to the result
+    for node in nodes:
+        call = origin_of(node).call
+        for owner in owners:
+            reads = not inner[owner].isdisjoint(node.input)
+            if refused.get(node.name) == owner or (reads and call == owner):
+                results = {owner, *(user.name for user in calls[owner].users if user.target is operator.getitem)}
+                inner[owner].update(name for name in node.output if name and name not in results)
+            elif reads and call in calls and call not in owners and calls[call] not in after[owner]:
+                found.setdefault(call, owner)
+    return found
+
+
+def _makes_its_own(node: torch.fx.Node) -> bool:
+    """Whether a call's results are new tensors, and it writes to none."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema
+    return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
+
+
+def _descendants(node: torch.fx.Node) -> set[torch.fx.Node]:
+    """All that a call's result goes into."""
+    found: set[torch.fx.Node] = set()
+    pending = [node]
+    while pending:
+        users = pending.pop().users.keys() - found
+        found |= users
+        pending += users
     return found
 
 

@@ -134,14 +134,14 @@ def _first_wrong_call(
     """
     calls = [(onnx_node, origin_of(onnx_node).call) for onnx_node in model.proto.graph.node]
     made = {name: call for onnx_node, call in calls for name in onnx_node.output if name}
-    outside: dict[str, list[str]] = {}  # call → tensors that other calls read, or that are results
+    outside: dict[str, dict[str, None]] = {}  # call → tensors that other calls read, or that are results, each once
     results = {value.name for value in model.proto.graph.output}
     for onnx_node, call in calls:
         for name in onnx_node.input:
             if name in made and made[name] and made[name] != call:
-                outside.setdefault(made[name], []).append(name)
+                outside.setdefault(made[name], {})[name] = None
     for name in results & made.keys():
-        outside.setdefault(made[name], []).append(name)
+        outside.setdefault(made[name], {})[name] = None
     outside.pop("", None)
     recorder.wanted = set(outside)
     with torch.random.fork_rng(devices=cuda_devices(recorder.traced)):

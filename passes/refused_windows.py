@@ -82,10 +82,12 @@ def max_pool(f: Fragment) -> None:
 
 
 def average_pool(f: Fragment) -> None:
-    """AveragePool with dilations."""
+    """AveragePool with dilations, or with a window that is too large."""
     need_type(f, 0, FLOATS)
     windows = _pool_windows(f)
-    include = bool(f.attr("count_include_pad", 0))
+    # What lies behind the end because of ceil_mode is no padding, and never counts.
+    padded = any(f.attr("pads") or ()) or f.attr("auto_pad", "NOTSET").startswith("SAME")
+    include = bool(f.attr("count_include_pad", 0)) and padded
     f.result(_mean(f, windows, _counted(f, windows) if include else None))
 
 
@@ -229,9 +231,12 @@ def _total(f: Fragment, x: str, lead: int, windows: Windows, element: int) -> st
     """Sums over windows; elements outside count as zero."""
     rank = lead + len(windows)
     for axis, at in enumerate(windows, start=lead):
+        (size,) = f.fixed(0, [axis])
+        if len(at) == 1 and np.array_equal(at[at >= 0], np.arange(size)):  # one window over all
+            x = f.reduce("ReduceSum", x, [axis], keepdims=True)
+            continue
         if (at < 0).any():
             after = [0] * rank
-            (size,) = f.fixed(0, [axis])
             after[axis] = 1
             x = f.pad(x, [0] * rank, after, 0, element)
             at = np.where(at < 0, size, at)

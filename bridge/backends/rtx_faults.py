@@ -12,6 +12,8 @@ no sign of any (tests/gpu/test_rtx_faults.py). The other form computes the same,
 * **Reductions of a rotation**, and **convolutions of one position over few**: rtx_fault_rules.py.
 * **A bias that is forgotten** before an activation that is multiplied, and **images with a number added**:
   rtx_epilogues.py.
+
+And what is computed right, but takes the builder minutes or hours, is written otherwise by rtx_slow_rules.py.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from ..model import iterate_nodes
 from .rtx_epilogues import add_apart, scale_apart
 from .rtx_fault_rules import SUFFIX as _SUFFIX
 from .rtx_fault_rules import Facts, multiply_pointwise, turn_by_index
+from .rtx_slow_rules import cut_reductions
 
 _TOP_K = ("TopK", "ArgMax", "ArgMin")
 _MOVES = {
@@ -57,7 +60,8 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
     }
     results = _moved_results(graph)
     facts = Facts(graph)
-    rewritten = [rule(graph, facts) for rule in (turn_by_index, multiply_pointwise, scale_apart, add_apart)]
+    rules = (turn_by_index, multiply_pointwise, scale_apart, add_apart, cut_reductions)
+    rewritten = [rule(graph, facts) for rule in rules]
     instead = {index: made for rule in rewritten for index, made in rule.nodes.items()}
     constants = {tensor.name: tensor for rule in rewritten for tensor in rule.constants}
     if not lifted and not results and not instead:

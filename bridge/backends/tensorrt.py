@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_SIZE = (1 << 31) - 1
+
 
 class TensorRtBackend:
     """Builds with TensorRT or TensorRT-RTX.
@@ -289,6 +291,14 @@ def _job(flavour: Flavour, segment: Segment, options: BuildOptions, parse_only: 
             + "\n  ".join(unknown)
             + "\nState a bound: max_data_size for all of them, tb.Dim in output_shapes for one that a result has, or "
             "torch._check(size <= bound) in the model."
+        )
+    # The library cuts larger ones to 32 bits, and then refuses the profile or takes another one.
+    large = [str(spec) for spec in segment.inputs if any(bounds and bounds[2] > _MOST_SIZE for bounds in spec.ranges)]
+    if large:
+        raise DynamicShapeError(
+            f"{flavour.title} takes sizes up to {_MOST_SIZE}, and by the bounds of what they are made of these of "
+            f"{segment.name} may be larger:\n  " + "\n  ".join(large) + "\n"
+            "State smaller bounds (max_data_size, output_shapes, tb.Dim)."
         )
     inputs = weight_inputs(flavour, segment, options)
     # The engine is about as large as the weights, and both are in the folder at the end.

@@ -25,7 +25,7 @@ from ...errors import TrtBridgeError
 from ...plugins.tensorrt_v3 import PluginHost, describe_failure, plugin_host
 from .flavour import FLAVOURS, Flavour, target_gpus
 from .plugin_library import require_library
-from .trt_refusals import find_all
+from .trt_refusals import find_all, weights_in
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -138,7 +138,8 @@ def _run(job: Job, folder: Path, report: Report, outcome: Outcome) -> None:
     report("Parsing", 0.0)
 
     def parse(candidate: bytes) -> tuple[trt.INetworkDefinition | None, trt.OnnxParser, list[dict[str, Any]]]:
-        return _parse(flavour, builder, logger, candidate, job, weights.ctypes.data)
+        own = job.weights if candidate is model else weights_in(candidate, job.weights)
+        return _parse(flavour, builder, logger, candidate, own, weights.ctypes.data)
 
     network, _parser, refusals = parse(model)
     if network is None:
@@ -237,7 +238,12 @@ def _lost_weights(network: trt.INetworkDefinition, model: bytes, names: list[str
 
 
 def _parse(
-    flavour: Flavour, builder: trt.Builder, logger: trt.ILogger, model: bytes, job: Job, weights_address: int
+    flavour: Flavour,
+    builder: trt.Builder,
+    logger: trt.ILogger,
+    model: bytes,
+    weights: list[tuple[str, int, int]],
+    weights_address: int,
 ) -> tuple[trt.INetworkDefinition | None, trt.OnnxParser, list[dict[str, Any]]]:
     """The network of a model, or None and what the parser refuses. The parser must live as long as the network."""
     if TYPE_CHECKING:
@@ -247,7 +253,7 @@ def _parse(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     parsed = parser.load_model_proto(model)
-    for name, offset, size in job.weights:
+    for name, offset, size in weights:
         parsed = parsed and parser.load_initializer(name, weights_address + offset, size)
     if parsed and parser.parse_model_proto():
         return network, parser, []

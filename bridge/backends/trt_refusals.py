@@ -35,14 +35,11 @@ def find_all(model: bytes, refusals: Refusals, parse: Callable[[bytes], Refusals
         parse: gives what the parser says of a model; nothing where it takes it.
     """
 
-    def refused(part: bytes) -> bool:
-        return bool(parse(part))
-
     whole = model
-    found = named = find_unnamed(model, refusals, refused)
+    found = named = find_unnamed(model, refusals, parse)
     while named and len(found) < _MOST:
         model = without_nodes(model, {refusal["name"] for refusal in named})
-        named = find_unnamed(model, parse(model), refused)
+        named = find_unnamed(model, parse(model), parse)
         known = {refusal["name"] for refusal in found}
         named = [refusal for refusal in named if refusal["name"] not in known]
         found = found + named
@@ -79,13 +76,13 @@ def _find_alike(model: bytes, refusals: Refusals, parse: Callable[[bytes], Refus
     return found
 
 
-def find_unnamed(model: bytes, refusals: Refusals, refused: Callable[[bytes], bool]) -> Refusals:
+def find_unnamed(model: bytes, refusals: Refusals, parse: Callable[[bytes], Refusals]) -> Refusals:
     """Refusals with the nodes that they are about, where the parser tells only its function or an initializer.
 
     Args:
         model: that was refused.
         refusals: what the parser said.
-        refused: whether the parser refuses a model.
+        parse: gives what the parser says of a model.
     """
     if all(refusal["name"] for refusal in refusals):
         return refusals
@@ -105,7 +102,9 @@ def find_unnamed(model: bytes, refusals: Refusals, refused: Callable[[bytes], bo
         elif importer:
             nodes = [node for node in proto.graph.node if node.op_type == importer[1]]
             if len(nodes) > 1:
-                nodes = [node for node in nodes if refused(_alone(proto, node))] or nodes
+                said = [(node, [refusal["reason"] for refusal in parse(_alone(proto, node))]) for node in nodes]
+                same = [node for node, reasons in said if words in reasons]
+                nodes = same or [node for node, reasons in said if reasons] or nodes
         else:
             nodes = []
         found += [{**refusal, "name": node.name, "op": node.op_type} for node in nodes] or [refusal]
@@ -126,6 +125,14 @@ def _alone(model: onnx.ModelProto, node: onnx.NodeProto) -> bytes:
     graph.input.extend(types[name] for name in node.input if name in types and name not in constants)
     graph.output.extend(types.get(name, onnx.ValueInfoProto(name=name)) for name in node.output if name)
     return bytes(proto.SerializeToString())
+
+
+def weights_in(part: bytes, weights: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """The weights that a part of a model has: the parser takes no others, and refuses the part without a word."""
+    import onnx
+
+    names = {tensor.name for tensor in onnx.ModelProto.FromString(part).graph.initializer}
+    return [weight for weight in weights if weight[0] in names]
 
 
 def without_nodes(model: bytes, names: set[str]) -> bytes:

@@ -134,3 +134,21 @@ def test_sizes_without_a_name_have_the_bound_that_is_stated() -> None:
     assert program.engines
     # The view stays in the graph: as a plugin it would be a copy, what is written to it lost, and the sum "wrong".
     assert "aten::add.Tensor" not in {call.op for call in program.plugin_calls}
+
+
+@pytest.mark.rtx
+def test_products_of_bounds_that_no_size_can_be() -> None:
+    """TensorRT-RTX cuts 2048**3 to 32 bits, to nothing, and refuses 2**31 in a way that no node is to blame for."""
+    pytest.importorskip("tensorrt_rtx")
+
+    class Volume(torch.nn.Module):
+        def forward(self, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+            a, b, c = sizes.tolist()
+            for size in (a, b, c):
+                torch._check(size >= 0)
+            return torch.hypot(x[:1].expand(a * b * c, 16), x[:1]) + 1
+
+    args = (torch.randn(8, 16), torch.tensor([2, 2, 2]))
+    with pytest.raises(tb.DynamicShapeError, match=r"(?s)sizes up to 2147483647.*State smaller bounds"):
+        tb.convert(Volume(), args, backend="tensorrt_rtx", plugin_host="segments", max_data_size=2048)
+    assert tb.convert(Volume(), args, backend="tensorrt_rtx", plugin_host="segments", max_data_size=64)

@@ -131,12 +131,23 @@ class SharedMask(torch.nn.Module):
         return x
 
 
+class UnlikeCalls(torch.nn.Module):
+    """Calls of several kinds that choose with the same mask, and one that reads what was chosen."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        chosen = x[mask] + (x > 0)[mask] + x.sum(1)[mask][:, None]
+        y = torch.relu(x)
+        y[mask] = chosen
+        return y * mask[:, None]
+
+
 @pytest.mark.rtx
-def test_calls_that_share_a_refused_node_are_plugins_in_one_round() -> None:
+@pytest.mark.parametrize(("model", "plugins"), [(SharedMask(), 6), (UnlikeCalls(), 4)])
+def test_calls_that_share_a_refused_node_are_plugins_in_one_round(model: torch.nn.Module, plugins: int) -> None:
     pytest.importorskip("tensorrt_rtx")
     args = (torch.randn(6, 4), torch.tensor([True, False, True, True, False, True]))
     planner = make_planner(
-        SharedMask(),
+        model,
         args,
         None,
         None,
@@ -154,8 +165,33 @@ def test_calls_that_share_a_refused_node_are_plugins_in_one_round() -> None:
     object.__setattr__(planner.source, "__class__", Counted)
     plan, refusals = planner.settled_plan()
     assert not any(refusals.values())
-    assert len(plan.plugin_calls) == 6
+    assert len(plan.plugin_calls) == plugins
     assert len(exports) == 2, "one export to ask, one with all that was refused"
+
+
+class TwoScatters(torch.nn.Module):
+    """One that the parser refuses, one that it takes, and a weight that is not written into the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.linear(x)
+        y[:, 1] = x[:, 0]
+        return y, torch.zeros(2, 4, dtype=torch.int32).scatter_add_(-1, places, torch.ones_like(places).int())
+
+
+@pytest.mark.rtx
+def test_a_node_that_the_parser_takes_is_not_blamed_for_another_of_its_op() -> None:
+    """The parser names no node for a reduction that it lacks, so each ScatterElements is asked about alone."""
+    pytest.importorskip("tensorrt_rtx")
+    args = (torch.randn(2, 4, 64), torch.randint(0, 4, (2, 4)))
+    planner = make_planner(TwoScatters(), args, None, None, get_backend("tensorrt_rtx"), Options.make({}))
+    plan, refusals = planner.settled_plan()
+    assert not any(refusals.values())
+    assert plan.plugin_calls == ()
+    assert {site.call for site in planner.rewrites.sites} == {"scatter_add_"}
 
 
 class CutByValue(torch.nn.Module):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import trtbridge as tb
-from trtbridge.bridge.export import export
+from trtbridge.bridge.export import export, trace
 from trtbridge.bridge.model import EXTERNAL_LOCATION, Origin
 
 
@@ -155,3 +155,54 @@ def test_training_flag_means_eval() -> None:
     assert model[0].training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     torch.testing.assert_close(fast(x), model.eval()(x))
+
+
+def test_decomposing_is_done_once_an_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is half of what a translation costs: one for what cannot be translated, one with that as plugins."""
+    decompose = torch.export.ExportedProgram.run_decompositions
+    done = []
+
+    def count(self: torch.export.ExportedProgram, *args: object, **kwargs: object) -> torch.export.ExportedProgram:
+        done.append(1)
+        return decompose(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", count)
+
+    class Decomposed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.softplus(x).square() + torch.addcmul(x, x, x)
+
+    model = export(Decomposed(), (torch.randn(2, 4),))
+    assert len(done) == 1
+    assert not any(node.domain for node in model.proto.graph.node)
+
+    class Untranslatable(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.hypot(torch.special.bessel_j0(x), x) + torch.hypot(x, x + 1)
+
+    done.clear()
+    model = export(Untranslatable(), (torch.randn(2, 4),))
+    assert len(done) == 2
+    assert sum(node.domain == "trtbridge" for node in model.proto.graph.node) == 3
+
+
+def test_asking_what_can_be_a_plugin_compiles_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles a graph for each GraphModule: with a question for each call that took minutes."""
+    traced = trace(Net().eval(), (torch.randn(2, 5, 32),))
+    calls = [node.name for node in traced.program.graph.nodes if node.op == "call_function"]
+
+    def refuse(self: torch.fx.GraphModule) -> None:
+        raise AssertionError("a graph is compiled")
+
+    monkeypatch.setattr(torch.fx.GraphModule, "recompile", refuse)
+    assert traced.plugin_problems(calls) == {}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6, 6), (3, 4, 6, 6)])
+def test_a_convolution_over_three_axes_without_bias(shape: tuple[int, ...]) -> None:
+    """torchlib's translation has a bias of two axes, which nothing takes."""
+    net = torch.nn.Conv3d(3, 8, (2, 3, 3), stride=(2, 1, 1), padding=(0, 1, 1), bias=False).eval()
+    x = torch.randn(shape)
+    fast = tb.convert(net, (x,), backend="onnxruntime")
+    assert not fast.program.plugin_calls
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)

@@ -62,6 +62,14 @@ def test_ranges_hold_every_size(scale: int, offset: int, low: int, span: int) ->
     assert evaluate_shape((3, expression), {"n": low}) == (3, sizes[0])
 
 
+def test_ranges_of_quotients() -> None:
+    """A data-dependent size may be 0 for all that is known; no call has a shape that is divided by it then."""
+    dims = {"u0": (0, 512, 1024), "u1": (0, 4, 8)}
+    assert evaluate_range("u0//u1", dims) == (0, 128, 1024)
+    assert evaluate_range("8 + Mod(12, u1)", dims) == (8, 8, 12)
+    assert evaluate_range("u0//0", dims) is None
+
+
 Point = collections.namedtuple("Point", "x y")
 
 

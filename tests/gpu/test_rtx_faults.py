@@ -225,3 +225,20 @@ def test_a_number_for_each_image(edge: int, backend: str, device: torch.device) 
             args = [torch.rand(batch, *t.shape[1:], device=device).to(dtype) for t in example]
             with torch.no_grad():
                 torch.testing.assert_close(converted(*args), module(*args), rtol=bound, atol=bound)
+
+
+class Sinkhorn(torch.nn.Module):
+    """Rows and columns that sum to one: the builder did not get done with it; sums of sums are products now."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.softmax(-1)
+        for _ in range(20):
+            x = x / (x.sum(-1, keepdim=True) + 1e-6)
+            x = x / (x.sum(-2, keepdim=True) + 1e-6)
+        return x
+
+
+def test_sums_of_sums(backend: str, device: torch.device) -> None:
+    x = torch.randn(2, 16, 4, 4, device=device)
+    found = tb.convert(Sinkhorn(), (x,), backend=backend)(x)
+    torch.testing.assert_close(found, Sinkhorn()(x), rtol=1e-4, atol=1e-5)

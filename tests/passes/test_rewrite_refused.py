@@ -76,6 +76,10 @@ CASES: dict[str, tuple[str, int, float, dict[str, tuple[int, int]]]] = {
         """g (float[2,2,9] x) => (float[2,2,5] y)
         { [n] y = AveragePool <kernel_shape = [3], dilations = [2], strides = [2], pads = [2,2],
                                count_include_pad = 1> (x) }""", 19, 1e-6, {}),
+    "AveragePool, one window that is larger than the input": (
+        """g (float[batch,2,7,9] x) => (float[batch,2,1,2] y)
+        { [n] y = AveragePool <kernel_shape = [64,8], strides = [64,8], ceil_mode = 1, count_include_pad = 1> (x) }""",
+        19, 1e-6, {}),
     "LpPool of p = 3": (
         """g (float[2,2,8,8] x) => (float[2,2,4,4] y)
         { [n] y = LpPool <kernel_shape = [2,2], strides = [2,2], p = 3> (x) }""", 18, 1e-5, {}),
