@@ -89,8 +89,8 @@ class Capturer:
             self._run(static, lane)  # kernels are compiled and sizes set here, which a capture does not allow
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may allocate
             try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may allocate
                 outputs = self._run(static, lane)
             except BaseException:
                 try:
@@ -98,6 +98,8 @@ class Capturer:
                 except RuntimeError as error:  # it says once more that the capture has failed
                     logger.debug("%s", error)
                 end_failed_capture(self._device)
+                # The allocator takes the capture for one that goes on, and refuses another one in the same pool.
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
                 raise
             graph.capture_end()
         return Captured(graph.replay, static, outputs, lane)
@@ -128,19 +130,19 @@ class Capturer:
     @contextmanager
     def _on_own_stream(self) -> Iterator[None]:
         """Work on the stream of captures, behind the caller's and before what comes after."""
-        caller = torch.cuda.current_stream(self._device)
+        caller, own = torch.cuda.current_stream(self._device), self._stream
         # Tensors made in inference mode could not be copied into outside of it.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self._device):
-            self._stream.wait_stream(caller)
+            own.wait_stream(caller)
             try:
-                with torch.cuda.stream(self._stream):
+                with torch.cuda.stream(own):
                     self.order.enter()
                     try:
                         yield
                     finally:
                         self.order.leave()
             finally:
-                caller.wait_stream(self._stream)
+                caller.wait_stream(own)
 
 
 class GraphCache:

@@ -150,11 +150,13 @@ def run_pytest(
     command += ["--show-capture=no", *options, *(str(TESTS / name) for name in files)]
     started = time.monotonic()
     child_environment = dict(environment, TRTBRIDGE_GPU_REPORT_JSON=str(path))
+    ended = ""
     with subprocess.Popen(command, cwd=ROOT, env=child_environment, start_new_session=True) as child:
         try:
             status = child.wait(limit_s)
         except subprocess.TimeoutExpired:
-            say(f"{' '.join(files)}: ended after {limit_s:.0f} s")
+            ended = f"not done: the part was ended after {limit_s:.0f} s"
+            say(f"{' '.join(files)}: {ended}")
             os.killpg(child.pid, signal.SIGKILL)  # the workers too
             status = child.wait()
     say(f"{' '.join(files)}: pytest ended with status {status} after {time.monotonic() - started:.0f} s")
@@ -163,7 +165,8 @@ def run_pytest(
     record: Record = json.loads(path.read_text())
     for name in record.pop("running"):
         record["tests"].setdefault(name, {"seconds": 0.0, "rows": []})
-        record["tests"][name] |= {"outcome": "failed", "words": f"pytest died in it, with status {status}"}
+        found = ("skipped", ended) if ended else ("failed", f"pytest died in it, with status {status}")
+        record["tests"][name] |= dict(zip(("outcome", "words"), found, strict=True))
     return record
 
 

@@ -88,7 +88,6 @@ def test_a_part_that_takes_too_long_is_ended_and_its_record_kept(
     monkeypatch.setattr(gpu_check.sys, "executable", str(python))
     found = gpu_check.run_pytest(["test_slow.py"], [], {"PATH": os.environ["PATH"]}, record, 3.0)
     assert found["tests"]["first"]["outcome"] == "passed"
-    assert found["tests"]["second"] == {
-        "seconds": 0.0, "rows": [], "outcome": "failed", "words": "pytest died in it, with status -9",
-    }  # fmt: skip
+    words = "not done: the part was ended after 3 s"
+    assert found["tests"]["second"] == {"seconds": 0.0, "rows": [], "outcome": "skipped", "words": words}
     assert not marker.exists()
