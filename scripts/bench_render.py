@@ -21,7 +21,7 @@ _TITLES = {
 _WORDS = {
     "floor": (
         "The floor is the same engine in a bare loop: fixed buffers, one CUDA graph, nothing else (of a program with "
-        "plugins between engines: a capture of all its steps). Batch 1. *plain*: a call as by default; *graph*: "
+        "plugins between engines: a capture of all its steps). Batch 1. *plain*: `cuda_graphs=False`; *graph*: "
         "`cuda_graphs=True`; *reused*: with `reuse_outputs=True`; *bound*: `module.bind(x)`. Milliseconds, with the "
         "multiple of the floor; the fastest way is to stay within 1.02."
     ),
