@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ExecutionError, PluginError, TrtBridgeError
 from ..nodes import ONNX_NODE_OP
-from ..plugins.registry import call_op, find_op
+from ..plugins.registry import call_op, find_op, stays_out_of_graphs
 from ..plugins.sizes import names_in
 from .backends.base import Context, Engine
 from .dims import Range
@@ -132,4 +132,7 @@ def capture_problem(program: Program) -> str:
                 return f"the size of {spec.name} depends on data, so that the host waits for it ({name})"
         if isinstance(step, PluginCall) and step.op == ONNX_NODE_OP:
             return f"the ONNX node from {step.origin} runs in ONNX Runtime on the CPU"
+        for op in step.engine.info.get("plugins", []) if isinstance(step, EngineStep) else [step.op]:
+            if stays_out_of_graphs(op):
+                return f"the author of {op} says that no CUDA graph may hold it"
     return ""

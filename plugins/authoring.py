@@ -58,6 +58,7 @@ def plugin(
     cpu: Function | None = None,
     samples: Samples | None = None,
     random: bool = False,
+    cuda_graphs: bool = True,
 ) -> Callable[[Function], CustomOpDef]:
     """Register a function as a torch op that runs as a plugin in every converted model.
 
@@ -77,6 +78,9 @@ def plugin(
         samples: example arguments for ``trtbridge plugins check``: tuples of arguments, or dicts by name, or a
             function that returns them.
         random: it draws from torch's random generator, so equal calls give other numbers and must not be merged.
+        cuda_graphs: False for a function whose Python code must run at every call, as it counts, reads a file or draws
+            numbers elsewhere than from torch: a replay of a CUDA graph repeats its kernels alone. Models with it run
+            without CUDA graphs (``torch.Tag.cudagraph_unsafe``).
 
     Returns:
         A decorator. What it returns is called like the function, and has torch's ``register_fake``, ``register_kernel``
@@ -106,6 +110,7 @@ def plugin(
         # Without a CPU implementation the dispatcher says so, where Triton would speak of pointers.
         cuda_only = cpu is not None or (launches_kernels(function) and not _interpreting())
         implementation = function if fake is not None else _checked(function, derived)
+        tags = [torch.Tag.nondeterministic_seeded] * random + [torch.Tag.cudagraph_unsafe] * (not cuda_graphs)
         try:
             definition = torch.library.custom_op(
                 name,
@@ -113,7 +118,7 @@ def plugin(
                 mutates_args=(),
                 device_types="cuda" if cuda_only else None,
                 schema=torch.library.infer_schema(function, mutates_args=()),
-                **({"tags": (torch.Tag.nondeterministic_seeded,)} if random else {}),
+                **({"tags": tags} if tags else {}),
             )
         except (ValueError, TypeError, NameError) as error:
             raise PluginError(

@@ -60,6 +60,12 @@ def find_op(name: str) -> Callable[..., Any]:
         ) from error
 
 
+def stays_out_of_graphs(name: str) -> bool:
+    """Whether the author of an op says that no CUDA graph may hold it (``torch.Tag.cudagraph_unsafe``)."""
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    return unsafe is not None and unsafe in getattr(find_op(name), "tags", ())
+
+
 def call_op(
     op: Callable[..., Any], template: str, tensors: Sequence[torch.Tensor], device: torch.device | None
 ) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ H200 beside ONNX Runtime. Each rule gives what takes the place of a node, as tho
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx
@@ -134,7 +135,7 @@ def _other_operand(name: str, op: str, number: float, facts: Facts) -> str | Non
     maker = facts.makers.get(name)
     if maker is None or maker.op_type != op or maker.domain:
         return None
-    first, second = maker.input
+    first, second = str(maker.input[0]), str(maker.input[1])
     if _is_number(second, number, facts):
         return first
     return second if op != "Div" and _is_number(first, number, facts) else None
@@ -201,7 +202,7 @@ def _written_out(
         constants.append(numpy_helper.from_array(np.array(value, np.float32), f"{name}.{label}"))
         return constants[-1].name
 
-    def step(op: str, inputs: list[str], label: str, **attributes: int) -> str:
+    def step(op: str, inputs: list[str], label: str, **attributes: Any) -> str:
         made.append(helper.make_node(op, inputs, [f"{out}.{label}"], f"{name}.{label}", **attributes))
         return f"{out}.{label}"
 

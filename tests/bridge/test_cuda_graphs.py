@@ -5,6 +5,7 @@ What the capturer does with CUDA is tested in tests/gpu/test_calls.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ import torch
 
 import trtbridge as tb
 from trtbridge.bridge.cuda_graphs import Captured, Capturer, GraphCache
-from trtbridge.bridge.program import Program
+from trtbridge.bridge.program import EngineStep, Program
 from trtbridge.bridge.runtime_steps import capture_problem
 
 
@@ -219,6 +220,24 @@ def test_programs_that_can_and_cannot_be_captured() -> None:
     batch = tb.Dim("batch", min=1, max=8)
     assert capture_problem(_program(Plugin(), dynamic_shapes={"x": {0: batch}})) == ""
     assert "depends on data" in capture_problem(_program(Pick()))
+
+
+def test_an_op_whose_python_code_must_run_each_time() -> None:
+    @tb.plugin("cuda_graph_tests::counted", cuda_graphs=False)
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    class Counted(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.cuda_graph_tests.counted(x) * 2
+
+    program = _program(Counted())
+    assert "cuda_graph_tests::counted.default says that no CUDA graph may hold it" in capture_problem(program)
+    engine = dataclasses.replace(
+        _program(torch.nn.Linear(3, 3)).engines[0], info={"plugins": ["cuda_graph_tests::counted.default"]}
+    )
+    hosted = dataclasses.replace(program, steps=(EngineStep("segment0", engine),))
+    assert "no CUDA graph may hold it" in capture_problem(hosted)
 
 
 def test_on_a_cpu_there_are_none_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:

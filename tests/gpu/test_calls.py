@@ -334,6 +334,26 @@ def test_a_plugin_that_cannot_be_captured_runs_plainly(
     assert "a call cannot be captured" in caplog.text
 
 
+def test_an_op_whose_python_code_must_run_each_time(backend: str, device: torch.device) -> None:
+    calls: list[int] = []
+
+    @tb.plugin("trtbridge_gpu_calls::counted", fake=torch.empty_like, cuda_graphs=False)
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x.shape[0])
+        return x + len(calls)
+
+    class Counted(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.trtbridge_gpu_calls.counted(x * 2) * 3
+
+    x = torch.ones(4, 3, device=device)
+    module = tb.convert(Counted(), (x,), backend=backend, plugin_host="segments", check_export=False)
+    before = len(calls)
+    for turn in range(1, 5):
+        torch.testing.assert_close(module(x), (x * 2 + before + turn) * 3)
+    assert len(calls) == before + 4
+
+
 def test_a_replay_is_no_slower_than_a_plain_call(make: Make, cuda: torch.device, report: Report) -> None:
     """Numbers for the report alone."""
     given = arguments(4, cuda)

@@ -20,6 +20,7 @@ import trtbridge as tb
 from trtbridge.plugins import derived_fake
 from trtbridge.plugins.authoring import registration
 from trtbridge.plugins.derived_fake import launches_kernels, without_launches
+from trtbridge.plugins.registry import stays_out_of_graphs
 
 PluginError = tb.PluginError
 
@@ -178,6 +179,18 @@ def test_random_ops_are_tagged() -> None:
         return torch.rand_like(x)
 
     assert torch.Tag.nondeterministic_seeded in torch.ops.authoring_tests.noise.default.tags
+    assert torch.Tag.cudagraph_unsafe not in torch.ops.authoring_tests.noise.default.tags
+
+
+def test_ops_that_no_cuda_graph_may_hold_are_tagged() -> None:
+    @tb.plugin("authoring_tests::counted", cuda_graphs=False)
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    assert torch.Tag.cudagraph_unsafe in torch.ops.authoring_tests.counted.default.tags
+    assert stays_out_of_graphs("authoring_tests::counted.default")
+    assert not stays_out_of_graphs("aten::cummax.default")
+    assert not stays_out_of_graphs("python::torch.cov")
 
 
 def test_the_same_function_may_come_again_another_may_not() -> None:
