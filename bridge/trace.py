@@ -23,7 +23,7 @@ from .opaque import FailureFinder, Opaque, OpaqueCaller, ResultRecorder, TracedO
 from .origins import user_frame
 from .side_effects import side_effects
 from .structure import CONSTANTS, Structure, flatten
-from .tracing import one_at_a_time
+from .tracing import alone, one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -189,20 +189,23 @@ def quiet() -> Iterator[None]:
     """Keep the exporter's talk about itself off the user's screen; their own warnings pass."""
     names = ("onnx._internal.exporter._registration", "_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
     loggers = [logging.getLogger(name) for name in (*(f"torch.{name}" for name in names), "onnxscript", "onnx_ir")]
-    levels = [other.level for other in loggers]
-    for other in loggers:
-        other.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings(
-                "ignore", message=r".*(torchvision|onnxscript|pytree|LeafSpec|cuda capability|assigned during export).*"
-            )
-            yield
-    finally:
-        for other, level in zip(loggers, levels, strict=True):
-            other.setLevel(level)
+    # Levels and filters are of all threads, and put back as they were found: two of these must not overlap.
+    with alone():
+        levels = [other.level for other in loggers]
+        for other in loggers:
+            other.setLevel(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=FutureWarning)
+                warnings.filterwarnings("ignore", category=DeprecationWarning)
+                warnings.filterwarnings(
+                    "ignore",
+                    message=r".*(torchvision|onnxscript|pytree|LeafSpec|cuda capability|assigned during export).*",
+                )
+                yield
+        finally:
+            for other, level in zip(loggers, levels, strict=True):
+                other.setLevel(level)
 
 
 def _user_line(error: BaseException) -> str:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _lock = threading.RLock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """For as long as it lasts, no other thread traces: for what changes such state around a trace, as warning filters."""
+    with _lock:
+        yield
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
