@@ -16,7 +16,7 @@ _lock = threading.RLock()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """For as long as it lasts, no other thread traces: for what changes such state around a trace, as warning filters."""
+    """No other thread traces meanwhile: for what changes such state around a trace, such as warning filters."""
     with _lock:
         yield
 

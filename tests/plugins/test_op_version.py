@@ -25,7 +25,7 @@ Version = Callable[..., str]
 def version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Version]:
     """Writes modules, imports the one named first, and gives the version of its op."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    # Compiled files go by size and second: of two sources of one length, written within a second, the first would count.
+    # Compiled files go by size and second: of two sources of one length within a second, the first would count.
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     made: set[str] = set()
 
