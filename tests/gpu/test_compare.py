@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -11,7 +13,7 @@ import torch
 import zoo
 from helpers import DRY_RUN, Report
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-from polygraphy.comparator import Comparator, DataLoader, SimpleCompareFunc
+from polygraphy.comparator import Comparator, DataLoader, RunResults, SimpleCompareFunc
 
 import trtbridge as tb
 from trtbridge.bridge.polygraphy_extension import TrtBridgeRunner
@@ -101,3 +103,25 @@ def test_a_runner_of_polygraphy(backend: str, tmp_path: Path) -> None:
     results = Comparator.run(runners, DataLoader(iterations=3))
     compared = Comparator.compare_accuracy(results, compare_func=SimpleCompareFunc(atol=1e-5, rtol=1e-5))
     assert all(bool(result) for result in compared)
+
+
+def test_polygraphys_command_line(backend: str, tmp_path: Path) -> None:
+    """``polygraphy run --trtbridge``, as a user types it; the entry point of the installed package is needed."""
+    file, results = tmp_path / "net.onnx", tmp_path / "results.json"
+    onnx.save(onnx.parser.parse_model(GRAPH), file)
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from polygraphy.tools import main; sys.exit(main())",
+        "run",
+        str(file),
+    ]
+    command += ["--onnxrt", "--trtbridge", "--trtbridge-backend", "onnxruntime" if DRY_RUN else backend]
+    command += ["--trt-min-shapes", "x:[1,8]", "--trt-opt-shapes", "x:[2,8]", "--trt-max-shapes", "x:[16,8]"]
+    command += ["--input-shapes", "x:[5,8]", "--atol", "1e-5", "--rtol", "1e-5", "--save-outputs", str(results)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if "unrecognized arguments: --trtbridge" in done.stderr + done.stdout:
+        pytest.skip("trtbridge is not installed with its entry points")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED" in done.stdout
+    assert RunResults.load(str(results))[1][1][0]["z"].shape == (5, 8)
