@@ -132,7 +132,8 @@ def capture_problem(program: Program) -> str:
                 return f"the size of {spec.name} depends on data, so that the host waits for it ({name})"
         if isinstance(step, PluginCall) and step.op == ONNX_NODE_OP:
             return f"the ONNX node from {step.origin} runs in ONNX Runtime on the CPU"
-        for op in step.engine.info.get("plugins", []) if isinstance(step, EngineStep) else [step.op]:
+        inside = step.engine.info.get("plugins", []) if isinstance(step, EngineStep) else [{"op": step.op}]
+        for op in (plugin["op"] for plugin in inside):
             if stays_out_of_graphs(op):
                 return f"the author of {op} says that no CUDA graph may hold it"
     return ""

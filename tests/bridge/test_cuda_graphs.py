@@ -234,7 +234,7 @@ def test_an_op_whose_python_code_must_run_each_time() -> None:
     program = _program(Counted())
     assert "cuda_graph_tests::counted.default says that no CUDA graph may hold it" in capture_problem(program)
     engine = dataclasses.replace(
-        _program(torch.nn.Linear(3, 3)).engines[0], info={"plugins": ["cuda_graph_tests::counted.default"]}
+        _program(torch.nn.Linear(3, 3)).engines[0], info={"plugins": [{"op": "cuda_graph_tests::counted.default"}]}
     )
     hosted = dataclasses.replace(program, steps=(EngineStep("segment0", engine),))
     assert "no CUDA graph may hold it" in capture_problem(hosted)
