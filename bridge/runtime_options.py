@@ -20,8 +20,8 @@ class RuntimeOptions:
 
     Attributes:
         cuda_graphs: on a GPU, replay one CUDA graph over all engines and plugins of a call: True wherever the program
-            can be captured, "auto" where a replay was also measured to be faster than plain calls, False never. A graph
-            is kept for each combination of input shapes, from the second call with it on.
+            can be captured, "auto" where a replay was also measured to be no slower than a plain call, False never. A
+            graph is kept for each combination of input shapes, from the second call with it on.
         max_graphs: most CUDA graphs that are kept, one for each combination of input shapes. Where there are more, the
             one that was not used for longest makes room.
         reuse_outputs: results of replays are the graph's own tensors, valid until the next call, in place of fresh

@@ -53,8 +53,8 @@ class FakeCapturer:
 
         return Captured(replay, static, outputs, cast(Any, None))
 
-    def is_faster(self, captured: Captured) -> bool:
-        return self.faster
+    def is_slower(self, captured: Captured) -> bool:
+        return not self.faster
 
 
 def _cache(capturer: FakeCapturer, most: int = 2, measure: bool = False, fresh_outputs: bool = True) -> GraphCache:
