@@ -8,6 +8,7 @@ it too.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -22,6 +23,7 @@ try:
 except ImportError:  # Windows, where a file that is open cannot be removed: that tells as well
     fcntl = None  # type: ignore[assignment]
 
+_DIGEST_BYTES = 32
 _UNFINISHED = re.compile(r"\.(.+)-[0-9a-f]{8}\.tmp", re.DOTALL)
 _ATTEMPTS = 10
 _SURELY_DEAD_S = 3600.0
@@ -57,6 +59,44 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], durable: b
         with suppress(OSError):
             new.unlink(missing_ok=True)
         raise
+
+
+def write_checked(path: Path, data: bytes) -> None:
+    """Write a file that `read_checked` reads, and its folder if need be.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(hashlib.sha256(data).digest() + data))
+
+
+def read_checked(path: Path, most_bytes: int | None = None) -> bytes | None:
+    """The content of a file of `write_checked`: for what a library would take as it is, and crash.
+
+    Args:
+        path: the file.
+        most_bytes: a larger file is not read.
+
+    Returns:
+        The content; None where there is no file, or it is damaged, too large, or not of `write_checked`.
+    """
+    try:
+        if most_bytes is not None and path.stat().st_size > most_bytes:
+            return None
+        content = path.read_bytes()
+    except OSError:
+        return None
+    data = content[_DIGEST_BYTES:]
+    return data if hashlib.sha256(data).digest() == content[:_DIGEST_BYTES] else None
+
+
+def checked_size(path: Path) -> int:
+    """Bytes of content of a file of `write_checked`, -1 where there is no file; the content is not looked at."""
+    try:
+        return path.stat().st_size - _DIGEST_BYTES
+    except OSError:
+        return -1
 
 
 def remove_unfinished(folder: Path, name: str | None = None) -> None:

@@ -19,9 +19,9 @@ import torch
 
 from ..errors import BuildError, TrtBridgeError, UnsupportedOpError
 from ..plugins.captures import end_failed_capture
+from .atomic import write_atomically
 from .attention_blocks import BlockPair
 from .backends.base import Backend, BuildOptions, Context, Engine
-from .cache import write_atomically
 from .dtypes import to_torch
 
 logger = logging.getLogger(__name__)

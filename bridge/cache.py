@@ -19,9 +19,9 @@ import platformdirs
 import torch
 
 from ..errors import CacheError
-from .atomic import write_atomically
+from .atomic import checked_size, read_checked, write_checked
 
-__all__ = ["ENVIRONMENT_VARIABLE", "JIT_FOLDER", "JitCacheFile", "resolve_cache_dir", "write_atomically"]
+__all__ = ["ENVIRONMENT_VARIABLE", "JIT_FOLDER", "JitCacheFile", "resolve_cache_dir"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +81,14 @@ class JitCacheFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> bytes | None:
-        """The kernels kept, None where there are none."""
-        if self._path is None or not self._path.exists():
+        """The kernels kept, None where there are none, or they are damaged: the library would take them as they are."""
+        if self._path is None:
             return None
-        return self._path.read_bytes()
+        data = read_checked(self._path)
+        if data is None and self._path.exists():
+            logger.warning("%s is damaged, and is made anew", self._path)
+            self._path.unlink(missing_ok=True)
+        return data
 
     def update(self, shapes: Hashable, serialize: Callable[[], bytes]) -> None:
         """Keep what was compiled; called after each call of the engine.
@@ -103,8 +107,8 @@ class JitCacheFile:
                 return
             self._calls[shapes] = min(self._calls.get(shapes, 0) + 1, _CALLS_LOOKED_AT)
             data = serialize()
-            if data and (not self._path.exists() or self._path.stat().st_size != len(data)):
+            if data and checked_size(self._path) != len(data):
                 try:
-                    write_atomically(self._path, lambda file: file.write(data))
+                    write_checked(self._path, data)
                 except OSError as error:  # a full disk must not fail a call that has succeeded
                     logger.warning("compiled kernels were not kept: %s", error)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from ..errors import InputError, ModelFileError, OptionError
+from .atomic import write_atomically
 from .backends import get_backend
-from .cache import write_atomically
 from .dims import evaluate_shape
 from .dtypes import to_torch
 from .model import Signature, TensorSpec

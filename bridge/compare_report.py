@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import AccuracyError, ModelFileError
-from .cache import write_atomically
+from .atomic import write_atomically
 from .compare_statistics import QUANTILES, OutputStatistics, cosine_of, snr_db
 from .tolerances import Tolerance
 

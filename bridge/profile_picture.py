@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelFileError, OptionError
-from .cache import write_atomically
+from .atomic import write_atomically
 from .profile_report import UNKNOWN, fitting_depth
 
 if TYPE_CHECKING:

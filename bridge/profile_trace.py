@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelFileError
-from .cache import write_atomically
+from .atomic import write_atomically
 
 if TYPE_CHECKING:
     from .profile_report import ProfileReport

@@ -72,6 +72,7 @@ def page(record: Record, problems: Sequence[str], picture: str) -> str:
         problems: what is out of bounds.
         picture: file name of the picture, "" where there is none.
     """
+    record = _with_one_run_each(record)
     used = sorted({row["run"] for row in record["rows"]})
     lines = ["# What a call costs", "", "Made by `scripts/bench.py`, medians; not edited by hand.", ""]
     lines += [f"- {_about(record['runs'][number])}" for number in used]
@@ -103,6 +104,14 @@ def page(record: Record, problems: Sequence[str], picture: str) -> str:
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     return text
+
+
+def _with_one_run_each(record: Record) -> Record:
+    """The record with runs of one day on one kind of machine, with the same sources and settings, as one."""
+    same: dict[str, int] = {}
+    numbers = [same.setdefault(_about(run | {"date": run.get("date", "")[:10]}), number)
+               for number, run in enumerate(record["runs"])]  # fmt: skip
+    return {**record, "rows": [{**row, "run": numbers[row["run"]]} for row in record["rows"]]}
 
 
 def _about(run: Mapping[str, Any]) -> str:

@@ -7,12 +7,11 @@ that builds uses it.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..atomic import write_atomically
+from ..atomic import read_checked, write_checked
 from ..locks import locked
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ MOST_BYTES = 256 << 20
 """A file that is larger is begun anew."""
 
 _MOST_WAIT_S = 60.0
-_DIGEST_BYTES = 32
 
 
 def timing_file(folder: Path, version: str, gpu: str) -> Path:
@@ -52,7 +50,7 @@ def keep_timings(config: trt.IBuilderConfig, path: Path) -> str:
             if others is not None:
                 timed.combine(others, ignore_mismatch=False)
             data = bytes(memoryview(timed.serialize()))
-            write_timings(path, data)
+            write_checked(path, data)
     except OSError as error:  # a full disk must not fail a build that has succeeded
         return f"the times of kernels are not kept: {error}"
     return ""
@@ -60,21 +58,4 @@ def keep_timings(config: trt.IBuilderConfig, path: Path) -> str:
 
 def read_timings(path: Path) -> bytes:
     """The content of a file; nothing where there is none, or it is damaged or too large to go on with."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            return b""
-        content = path.read_bytes()
-    except OSError:
-        return b""
-    data = content[_DIGEST_BYTES:]
-    return data if hashlib.sha256(data).digest() == content[:_DIGEST_BYTES] else b""
-
-
-def write_timings(path: Path, data: bytes) -> None:
-    """Write a file that `read_timings` reads.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(hashlib.sha256(data).digest() + data))
+    return read_checked(path, MOST_BYTES) or b""

@@ -20,7 +20,7 @@ import torch
 import trtbridge as tb
 from trtbridge.bridge import atomic
 from trtbridge.bridge.archive import read_archive, write_archive
-from trtbridge.bridge.atomic import remove_unfinished, write_atomically
+from trtbridge.bridge.atomic import remove_unfinished, write_atomically, write_checked
 from trtbridge.bridge.backends import get_backend, tensorrt, timing_cache, trt_build
 from trtbridge.bridge.backends.base import BuildOptions, Engine
 from trtbridge.bridge.backends.flavour import FLAVOURS
@@ -434,7 +434,7 @@ def test_timings_go_from_build_to_build_and_merge(tmp_path: Path) -> None:
 
 def test_timings_that_do_not_fit_or_are_damaged_are_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "timing" / "a.bin"
-    timing_cache.write_timings(path, b"H100 conv")
+    write_checked(path, b"H100 conv")
     whole = path.read_bytes()
     assert timing_cache.read_timings(path) == b"H100 conv"
 
@@ -445,7 +445,7 @@ def test_timings_that_do_not_fit_or_are_damaged_are_begun_anew(tmp_path: Path, m
         return config.cache.entries
 
     assert used() == set(), "of another GPU"
-    timing_cache.write_timings(path, b"unreadable")
+    write_checked(path, b"unreadable")
     assert used() == set()
     for content in (whole[:-1], b"", whole[:40] + b"X" + whole[41:]):
         path.write_bytes(content)
@@ -475,7 +475,7 @@ def test_only_tensorrt_on_a_gpu_has_timings(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_build_with_timings_uses_and_keeps_them(tmp_path: Path) -> None:
     path = tmp_path / "timing" / "a.bin"
-    timing_cache.write_timings(path, b"L4 conv")
+    write_checked(path, b"L4 conv")
     config = Config()
 
     class Builder:

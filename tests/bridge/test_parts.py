@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import trtbridge as tb
 from trtbridge.bridge.arguments import collect
-from trtbridge.bridge.cache import JitCacheFile, resolve_cache_dir, write_atomically
+from trtbridge.bridge.atomic import write_atomically
+from trtbridge.bridge.cache import JitCacheFile, resolve_cache_dir
 from trtbridge.bridge.dims import evaluate_range, evaluate_shape, evaluate_size
 from trtbridge.bridge.guards import guards_always_hold
 from trtbridge.bridge.model import OnnxModel, Signature, TensorSpec
@@ -273,3 +274,21 @@ def test_kernels_of_every_shape_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert JitCacheFile(tmp_path, b"plan", "1.1").read() is None, "another version starts anew"
     assert JitCacheFile(tmp_path, b"other", "1.0").read() is None
     assert JitCacheFile(None, b"plan", "1.0").read() is None
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-1], lambda whole: whole[:50] + b"X" + whole[51:], lambda _: b""]
+)
+def test_damaged_kernels_are_not_used_and_made_anew(
+    damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    compiled = bytes(range(200))
+    JitCacheFile(tmp_path, b"plan", "1.0").update((1,), lambda: compiled)
+    (path,) = (tmp_path / "jit").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    with caplog.at_level("WARNING", "trtbridge"):
+        assert JitCacheFile(tmp_path, b"plan", "1.0").read() is None
+    assert str(path) in caplog.text
+    JitCacheFile(tmp_path, b"plan", "1.0").update((1,), lambda: compiled)
+    assert JitCacheFile(tmp_path, b"plan", "1.0").read() == compiled

@@ -647,8 +647,17 @@ def test_kernels_are_kept_between_processes(backend: str, cuda: torch.device, tm
     assert warm["sum"] == cold["sum"]
 
 
+def _flipped(data: bytes) -> bytes:
+    """One bit in each 200 bytes changed: the library takes such kernels, and crashes."""
+    changed = bytearray(data)
+    for place in range(100, len(changed), 200):
+        changed[place] ^= 1
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"not kernels" * 100, _flipped], ids=["other", "flipped"])
 def test_a_damaged_kernel_cache_does_no_harm(
-    eager: torch.nn.Module, backend: str, cuda: torch.device, tmp_path: Path
+    eager: torch.nn.Module, backend: str, damage: Callable[[bytes], bytes], cuda: torch.device, tmp_path: Path
 ) -> None:
     if backend != "tensorrt_rtx":
         pytest.skip(f"{backend} compiles no kernels at the first call")
@@ -657,8 +666,10 @@ def test_a_damaged_kernel_cache_does_no_harm(
     expected = converted(x).clone()
     tb.save(converted, tmp_path / "m.trtb")
     (kept,) = (tmp_path / "jit").glob("*.bin")
-    kept.write_bytes(b"not kernels" * 100)
+    whole = kept.read_bytes()
+    kept.write_bytes(damage(whole))
     close(tb.load(tmp_path / "m.trtb", cuda, cache_dir=tmp_path)(x), expected)
+    assert kept.read_bytes() != damage(whole), "made anew"
 
 
 # CUDA graphs of the caller
