@@ -32,7 +32,7 @@ _SECONDS_TIMED = 0.02  # that a round takes about, where calls are not shorter o
 _ROUNDS_TIMED = 3
 _AS_FAST = 1.05  # two measurements of one thing differ by that
 _MOST_FAILURES = 3  # captures that fail one after the other, of different shapes, before none is tried any more
-_PATIENCE = 4  # a graph makes room for another after so many calls without it, times the number of graphs
+_PATIENCE = 16  # a graph makes room for another after so many calls without it, times the number of graphs
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Capturer:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        self._spare: list[Lane] = []  # of graphs that are gone: contexts that have their kernels
 
     def capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True) -> Captured:
         """A graph of a call.
@@ -86,7 +87,7 @@ class Capturer:
         """
         with self._on_own_stream():
             static = [_own(tensor) for tensor in inputs] if own_inputs else list(inputs)
-            lane = self._make_lane()
+            lane = self._spare.pop() if self._spare else self._make_lane()
             self._run(static, lane)  # kernels are compiled and sizes set here, which a capture does not allow
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -104,6 +105,14 @@ class Capturer:
                 raise
             graph.capture_end()
         return Captured(graph.replay, static, outputs, lane)
+
+    def recycle(self, captured: Captured) -> None:
+        """Take back the contexts of a graph that is not replayed any more, for another: making some takes long."""
+        self._spare.append(captured.lane)
+
+    def clear(self) -> None:
+        """Let go of what was taken back."""
+        self._spare.clear()
 
     def is_slower(self, captured: Captured) -> bool:
         """Whether a replay takes more time than a plain call, on the graph's own tensors.
@@ -226,6 +235,7 @@ class GraphCache:
         with self.lock:
             self._graphs.clear()
             self._seen.clear()
+            self._capturer.clear()
 
     def _admit(self, key: _Key, inputs: Sequence[torch.Tensor]) -> Captured | None:
         """A new graph, unless these shapes are new or there is no room."""
@@ -240,6 +250,7 @@ class GraphCache:
             if self._calls - graph.last_used <= _PATIENCE * self._most:
                 return None  # all are in use: capturing now this one, now that one would cost more than it brings
             del self._graphs[oldest]
+            self._capturer.recycle(graph)
             self.counters["graph_evictions"] += 1
         first = not self.counters["graph_captures"]
         captured = self._capture(inputs)
@@ -274,6 +285,7 @@ class GraphCache:
     def _give_up(self, why: str, level: int = logging.WARNING) -> None:
         self.refusal = why
         self._graphs.clear()
+        self._capturer.clear()
         logger.log(level, "calls run without CUDA graphs: %s", why)
 
 

@@ -241,7 +241,7 @@ class _Search:
 
     def _by_pass(self, report: LocalizeReport, export: OnnxModel) -> LocalizeReport:
         """The first pass after which the model is wrong, found by halving."""
-        models = list(models_by_pass(export, self.options.passes))
+        models = list(models_by_pass(export, self.options.pipeline))
         good, bad, found = -1, len(models), report
         while bad - good > 1:
             middle = (good + bad) // 2

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import OptionError
 from ..passes.default import DEFAULT
+from ..passes.fuse_batch_norm import FuseBatchNorm
 from ..passes.pipeline import Pipeline
 from .backends.base import BuildOptions, Progress
 from .dims import Dim
@@ -236,6 +237,12 @@ class Options(RuntimeOptions):
         )
         need(self.out_of_range in OUT_OF_RANGE, "out_of_range", '"error" or "eager"')
         need(self.progress is None or callable(self.progress), "progress", "a function of (stage, fraction)")
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The passes that run: a batch norm that `keep_fp32` may name is still there for it."""
+        folds = self.keep_fp32 and any(isinstance(item, FuseBatchNorm) for item in self.passes.passes)
+        return self.passes.without(FuseBatchNorm) if folds else self.passes
 
     @property
     def can_be_refitted(self) -> bool:

@@ -338,7 +338,7 @@ class Planner:
                 model = self._export(self.source)
         self.models["export"] = model
         with self.stages.stage("passes"):
-            result = run_passes(self.options.passes, model, self.source, self.options)
+            result = run_passes(self.options.pipeline, model, self.source, self.options)
             self.passes = tuple(result.report.passes)
             model = dataclasses.replace(model, proto=result.proto, weights=result.weights)
             logger.debug("%s", result.report)

@@ -95,7 +95,7 @@ def convert_precision(
     if request.quantized:
         # By node as well: a convolution that takes in a batch norm makes another tensor.
         keep |= {n.name: keep[t] for n in model.proto.graph.node for t in n.output if t in keep and n.name}
-        prepared = Pipeline((FuseBatchNorm(), PrepareQuantization())).run(model.proto, model.weights)
+        prepared = Pipeline((FuseBatchNorm(everywhere=True), PrepareQuantization())).run(model.proto, model.weights)
         model = dataclasses.replace(model, proto=prepared.proto, weights=prepared.weights)
     report = dataclasses.replace(_NO_REPORT, precision=options.precision)
     if request.target:

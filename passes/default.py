@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .fold_constants import FoldConstants
 from .fold_shapes import FoldShapes
+from .fuse_batch_norm import FuseBatchNorm
 from .merge_casts import MergeCasts
 from .merge_reshapes import MergeReshapes
 from .merge_slices import MergeSlices
@@ -22,6 +23,7 @@ DEFAULT = Pipeline(
         RemoveNoOps(),
         RepairTypes(),
         RepairRanks(),
+        FuseBatchNorm(),  # Behind RemoveNoOps, which brings convolution and norm together.
         FoldShapes(),  # Constant shapes are what the merges go by.
         MergeCasts(),
         MergeSlices(),
@@ -32,7 +34,7 @@ DEFAULT = Pipeline(
 )
 """What every conversion runs.
 
-The fusions of norms and GELU are not among them: TensorRT-RTX finds these by itself, and its engines were no faster for
-them (docs/bench-passes.md). They are for graphs that overflow in 16 bits, or go elsewhere. Those of rotary embedding
-and SiLU need opset 23 and 24, and have not been timed on a GPU.
+The fusions of other norms, GELU and SiLU are not among them: TensorRT-RTX finds these by itself, and its engines were
+no faster for them (docs/bench-passes.md). They are for graphs that overflow in 16 bits, or go elsewhere. That of rotary
+embedding needs opset 23.
 """

@@ -48,15 +48,6 @@ def _vector(batch: int, generator: torch.Generator, small: bool) -> zoo.Inputs:
     return (torch.randn(batch, 64 if small else 512, generator=generator),), {}
 
 
-def _timm(name: str, **options: Any) -> Any:
-    def build(small: bool) -> nn.Module:
-        import timm
-
-        return zoo._lively(timm.create_model(name, pretrained=False, **options))
-
-    return build
-
-
 def _distilbert(small: bool) -> nn.Module:
     from transformers import DistilBertConfig, DistilBertModel
 
@@ -77,17 +68,10 @@ def _clip_pictures(batch: int, generator: torch.Generator, small: bool) -> zoo.I
     return (), {"pixel_values": zoo._pictures(batch, 64 if small else 224, generator)}
 
 
-def _picture_case(name: str, model: str) -> Any:
-    return zoo.Case(name, ("timm",), _timm(model), bench_passes_models._whole_images, {"x": {0: _BATCH}})
-
-
 CASES: tuple[Any, ...] = (
     *bench_passes_models.CASES,
-    _picture_case("efficientnet_b0", "efficientnet_b0"),
-    _picture_case("mobilenetv3_large", "mobilenetv3_large_100"),
-    _picture_case("regnety_032", "regnety_032"),
-    _picture_case("densenet121", "densenet121"),
-    _picture_case("mixer_b16", "mixer_b16_224"),
+    bench_passes_models.picture_case("regnety_032", "regnety_032"),
+    bench_passes_models.picture_case("mixer_b16", "mixer_b16_224"),
     zoo.Case("distilbert", ("transformers",), _distilbert, zoo._tokens(128, 30000), zoo._TOKEN_SHAPES),
     zoo.Case("clip_vision", ("transformers",), _clip_vision, _clip_pictures, {"pixel_values": {0: _BATCH}}),
     zoo.Case("one_linear", (), lambda small: nn.Linear(64 if small else 512, 64), _vector, {"input": {0: _BATCH}}),
@@ -121,7 +105,9 @@ def example(name: str, settings: Settings, batch: int = 1, seed: int = 1) -> Exa
 
 def convert_options(name: str) -> dict[str, Any]:
     """Options of convert() for a model, beyond the defaults."""
-    return {"plugin_host": "segments"} if name == "twelve_plugins" else {}
+    if name == "twelve_plugins":
+        return {"plugin_host": "segments"}
+    return {} if DRY_RUN else {"attention": "auto"}  # one node or parts, whatever is faster on this GPU
 
 
 def convert(name: str, settings: Settings) -> None:

@@ -43,8 +43,7 @@ from bench_passes_render import ADDED, AGAIN, ALL, BASE, NEWER, NEWER_OPSET, lat
 DRY_RUN = os.environ.get("TRTBRIDGE_GPU_TESTS_ON_CPU") == "1"
 BACKEND = "onnxruntime" if DRY_RUN else "tensorrt_rtx"
 FUSIONS = (
-    "FuseLayerNorm", "FuseRmsNorm", "FuseGroupNorm", "FuseGelu", "FuseSilu", "FuseRotaryEmbedding", "FuseBatchNorm",
-    "FoldRanges",
+    "FuseLayerNorm", "FuseRmsNorm", "FuseGroupNorm", "FuseGelu", "FuseSilu", "FuseRotaryEmbedding", "FoldRanges",
 )  # fmt: skip
 """Passes that can be added to the default pipeline and are for engines."""
 

@@ -135,6 +135,20 @@ def _whole_images(batch: int, generator: torch.Generator, small: bool) -> zoo.In
     return (zoo._pictures(batch, 224, generator),), {}
 
 
+def _timm(name: str, **options: Any) -> Any:
+    def build(small: bool) -> nn.Module:
+        import timm
+
+        return zoo._lively(timm.create_model(name, pretrained=False, **options))
+
+    return build
+
+
+def picture_case(name: str, model: str) -> Any:
+    """A model of timm on whole images, its norms and biases as lively as trained ones."""
+    return zoo.Case(name, ("timm",), _timm(model), _whole_images, {"x": {0: _BATCH}})
+
+
 def _gpt2(small: bool) -> nn.Module:
     from transformers import GPT2Config, GPT2Model
 
@@ -161,6 +175,9 @@ _OWN: tuple[Any, ...] = (
     zoo.Case("whisper_encoder", ("transformers",), _whisper, _sound, {"input_features": {0: _BATCH}}),
     zoo.Case("swin_tiny", ("timm",), _swin, _whole_images, {"x": {0: _BATCH}}),
     zoo.Case("gpt2", ("transformers",), _gpt2, zoo._decoder_tokens, {"input_ids": {0: _BATCH}}),
+    picture_case("efficientnet_b0", "efficientnet_b0"),
+    picture_case("mobilenetv3_large", "mobilenetv3_large_100"),
+    picture_case("densenet121", "densenet121"),
     zoo.Case("cohere", ("transformers",), _cohere, zoo._decoder_tokens, {"input_ids": {0: _BATCH}}),
 )
 _ZOO = tuple(case for case in zoo.CASES if not case.may_refuse)

@@ -6,6 +6,7 @@ What the capturer does with CUDA is tested in tests/gpu/test_calls.py.
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -39,6 +40,13 @@ class FakeCapturer:
         self.captured: list[tuple[int, ...]] = []
         self.failing: set[int] = set()  # batches that cannot be captured
         self.faster = True
+        self.recycled = 0
+
+    def recycle(self, captured: Captured) -> None:
+        self.recycled += 1
+
+    def clear(self) -> None:
+        self.recycled = 0
 
     def capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True) -> Captured:
         if inputs[0].shape[0] in self.failing:
@@ -116,13 +124,25 @@ def test_the_graph_that_was_not_used_for_longest_makes_room() -> None:
     cache = _cache(capturer, most=2)
     for batch in (1, 1, 2, 2):
         _call(cache, batch)
-    replays = [_call(cache, 3) for _ in range(12)]
+    replays = [_call(cache, 3) for _ in range(40)]
     assert replays.index(True) > 1, "not while both may still be in use"
     assert all(replays[replays.index(True) :])
     assert len(cache) == 2
     assert _call(cache, 2), "the more recent one has stayed"
     assert not _call(cache, 1)
     assert cache.counters["graph_evictions"] == 1
+    assert capturer.recycled == 1
+    cache.clear()
+    assert capturer.recycled == 0, "not with other weights"
+
+
+def test_twice_as_many_shapes_as_graphs_at_random() -> None:
+    capturer = FakeCapturer()
+    cache = _cache(capturer, most=16)
+    pick = random.Random(0)
+    replays = sum(cache.call(_x(pick.randint(1, 32))) is not None for _ in range(3000))
+    assert len(capturer.captured) <= 20, "a capture takes as long as hundreds of calls"
+    assert replays > 1300
 
 
 def test_more_shapes_than_graphs_do_not_thrash() -> None:
@@ -138,7 +158,7 @@ def test_shapes_that_come_once_are_forgotten() -> None:
     cache = _cache(FakeCapturer(), most=2)
     for batch in range(1, 1000):
         _call(cache, batch)
-    assert len(cache._seen) <= 8
+    assert len(cache._seen) <= 32
     assert len(cache) == 0
 
 

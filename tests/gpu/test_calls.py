@@ -109,7 +109,7 @@ def test_graphs_are_bounded_and_captured_again(make: Make, eager: Net, cuda: tor
         for turn in range(3):
             given = arguments(batch, cuda, turn)
             close(module(*given), eager, given)
-    for turn in range(12):  # longer than two graphs times the patience: the least recently used one goes
+    for turn in range(40):  # longer than two graphs times the patience: the least recently used one goes
         given = arguments(3, cuda, turn)
         close(module(*given), eager, given)
     assert module.stats().graph_evictions == 1

@@ -11,19 +11,23 @@ X = {"x": np.random.default_rng(0).standard_normal((1, 2, 4, 4)).astype(np.float
 NORM = "float[2] s = {2, 0.5}, float[2] b = {1, -1}, float[2] m = {0.3, -0.2}, float[2] v = {4, 0.25}"
 
 
-@pytest.mark.parametrize("bias", ["", ", c"])
+@pytest.mark.parametrize("bias", ["", ", c", ", zeros"])
 def test_a_batch_norm_goes_into_the_convolution(tools, bias):
     weight = np.random.default_rng(1).standard_normal((2, 2, 3, 3)).astype(np.float32)
     model = tools.model(
-        f"g (float[1,2,4,4] x) => (float[1,2,2,2] y) <{NORM}, float[2] c = {{3, 4}}> "
-        f"{{ a = Conv(x, w{bias})  n = BatchNormalization <epsilon = 0.01> (a, s, b, m, v)  y = Relu(n) }}"
+        f"g (float[1,2,4,4] x) => (float[1,2,2,2] y) <{NORM}, float[2] c = {{3, 4}}, "
+        f"float[2] zeros = {{0, 0}}> {{ a = Conv(x, w{bias})  "
+        "n = BatchNormalization <epsilon = 0.01> (a, s, b, m, v)  y = Relu(n) }"
     )
     weights = tools.stand_in(model, "w", weight)
-    result = tools.apply(FuseBatchNorm(), model, weights, rewrites=1, feeds=X, tolerance=1e-6)
+    if "c" in bias:
+        tools.apply(FuseBatchNorm(), model, weights, rewrites=0, refused="adds a bias anyway")
+    fold = FuseBatchNorm(everywhere="c" in bias)
+    result = tools.apply(fold, model, weights, rewrites=1, feeds=X, tolerance=1e-6)
     assert tools.ops(result) == ["Conv", "Relu"]
     (conv, _) = result.proto.graph.node
     factor = np.array([2, 0.5]) / np.sqrt(np.array([4, 0.25]) + 0.01)
-    shift = ((np.array([3, 4]) if bias else 0) - np.array([0.3, -0.2])) * factor + np.array([1, -1])
+    shift = ((np.array([3, 4]) if "c" in bias else 0) - np.array([0.3, -0.2])) * factor + np.array([1, -1])
     np.testing.assert_allclose(tools.initializer(result, conv.input[2]), shift, rtol=1e-6)
 
 
@@ -50,6 +54,15 @@ def test_batch_norms_that_stay(tools, body, reason):
         f"float[2,1,1,1] u = {{1, 2}}> {{ {body} }}"
     )
     tools.apply(FuseBatchNorm(), model, rewrites=0, refused=reason)
+
+
+def test_a_weight_that_others_read_is_not_doubled(tools):
+    model = tools.model(
+        f"g (float[1,2,4,4] x) => (float[1,2,4,4] y) <{NORM}, float[2,2,1,1] w = {{1, 2, 3, 4}}> "
+        "{ a = Conv(x, w)  n = BatchNormalization(a, s, b, m, v)  y = Conv(n, w) }"
+    )
+    tools.apply(FuseBatchNorm(), model, rewrites=0, refused="others read")
+    tools.apply(FuseBatchNorm(everywhere=True), model, rewrites=1, feeds=X, tolerance=1e-5)
 
 
 def test_in_a_branch_with_a_weight_of_the_outer_graph(tools):
