@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -25,18 +27,29 @@ def stated_sizes(program: torch.export.ExportedProgram) -> dict[str, Size]:
         dimensions of the inputs alone.
     """
     found: dict[str, Size] = {}
-    for node in program.graph.nodes:
-        if node.target is not torch.ops.aten._assert_scalar.default:
-            continue
-        condition = node.args[0]
-        if not isinstance(condition, torch.fx.Node) or condition.target is not operator.eq:
-            continue
-        one, other = (part.meta.get("val") if isinstance(part, torch.fx.Node) else part for part in condition.args)
+    for one, other in _equations(program):
         for unknown, known in ((one, other), (other, one)):
-            if _depends_on_data(unknown) and not _depends_on_data(known) and isinstance(known, (int, torch.SymInt)):
+            if _symbols(unknown) and not _symbols(known) and isinstance(known, (int, torch.SymInt)):
                 found[str(unknown.node.expr)] = known if isinstance(known, int) else str(known.node.expr)
     return found
 
 
-def _depends_on_data(size: object) -> bool:
-    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+def tied_symbols(program: torch.export.ExportedProgram) -> frozenset[str]:
+    """The symbols of data-dependent sizes that stand in an equation which a program asserts."""
+    return frozenset(symbol for sides in _equations(program) for side in sides for symbol in _symbols(side))
+
+
+def _equations(program: torch.export.ExportedProgram) -> Iterator[tuple[Any, Any]]:
+    """Both sides of each equation that is asserted."""
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten._assert_scalar.default:
+            continue
+        condition = node.args[0]
+        if isinstance(condition, torch.fx.Node) and condition.target is operator.eq:
+            one, other = (part.meta.get("val") if isinstance(part, torch.fx.Node) else part for part in condition.args)
+            yield one, other
+
+
+def _symbols(size: object) -> set[str]:
+    """The data-dependent symbols of a size."""
+    return {str(symbol) for symbol in free_unbacked_symbols(size)} if isinstance(size, torch.SymInt) else set()

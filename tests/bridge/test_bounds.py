@@ -152,3 +152,37 @@ def test_products_of_bounds_that_no_size_can_be() -> None:
     with pytest.raises(tb.DynamicShapeError, match=r"(?s)sizes up to 2147483647.*State smaller bounds"):
         tb.convert(Volume(), args, backend="tensorrt_rtx", plugin_host="segments", max_data_size=2048)
     assert tb.convert(Volume(), args, backend="tensorrt_rtx", plugin_host="segments", max_data_size=64)
+
+
+class Grids(torch.nn.Module):
+    """Positions of several grids, whose sizes are values, for rows that they add up to (as in MiniMax-M3's pictures)."""
+
+    def forward(self, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        a, b = sizes.tolist()
+        positions = torch.cat([torch.arange(a), torch.arange(b)]).unsqueeze(1)
+        return torch.cummax(x * positions, 0).values * positions
+
+
+@pytest.mark.rtx
+def test_sizes_that_add_up_to_a_known_one(convert_both: Callable[..., Any]) -> None:
+    """With half of the bound for each the builder refuses products that they meet the known size in."""
+    x = torch.randn(12, 4)
+    calls = [((x, torch.tensor([5, 7])), {}), ((x, torch.tensor([10, 2])), {})]
+    _, built = convert_both(Grids(), calls, max_data_size=64)
+    assert sorted({call.op for call in built.program.plugin_calls}) == ["aten::arange.default", "aten::cummax.default"]
+    first, last = (engine for engine in built.program.engines if len(engine.inputs) > 1)
+    assert {spec.ranges[0] for spec in first.inputs if spec.ranges != ((12, 12, 12), (4, 4, 4))} == {
+        (0, 5, 64),
+        (0, 7, 64),
+    }
+    assert {spec.ranges[0] for spec in last.inputs} == {(12, 12, 12)}, "what is asserted is known"
+
+
+@pytest.mark.rtx
+def test_sizes_that_are_not_tied_do_not_hang_on_the_example() -> None:
+    """Else another example would make another engine."""
+    pytest.importorskip("tensorrt_rtx")
+    options: Any = {"backend": "tensorrt_rtx", "plugin_host": "segments", "max_data_size": 10}
+    for x in (torch.ones(3, 2), -torch.ones(3, 2)):
+        (engine,) = tb.convert(_positives(), (x,), **options).program.engines
+        assert [spec.ranges for spec in engine.inputs] == [((0, 5, 10),)]
