@@ -165,17 +165,14 @@ class Grids(torch.nn.Module):
 
 @pytest.mark.rtx
 def test_sizes_that_add_up_to_a_known_one(convert_both: Callable[..., Any]) -> None:
-    """With half of the bound for each the builder refuses products that they meet the known size in."""
-    x = torch.randn(12, 4)
-    calls = [((x, torch.tensor([5, 7])), {}), ((x, torch.tensor([10, 2])), {})]
-    _, built = convert_both(Grids(), calls, max_data_size=64)
+    """With half of the bound for each the builder refuses the product: twice 6 is not 13."""
+    x = torch.randn(13, 4)
+    calls = [((x, torch.tensor([5, 8])), {}), ((x, torch.tensor([11, 2])), {})]
+    _, built = convert_both(Grids(), calls)
     assert sorted({call.op for call in built.program.plugin_calls}) == ["aten::arange.default", "aten::cummax.default"]
-    first, last = (engine for engine in built.program.engines if len(engine.inputs) > 1)
-    assert {spec.ranges[0] for spec in first.inputs if spec.ranges != ((12, 12, 12), (4, 4, 4))} == {
-        (0, 5, 64),
-        (0, 7, 64),
-    }
-    assert {spec.ranges[0] for spec in last.inputs} == {(12, 12, 12)}, "what is asserted is known"
+    _, behind_sizes, behind_cummax = built.program.engines
+    assert [spec.ranges[0] for spec in behind_sizes.inputs] == [(0, 5, 13), (0, 8, 13), (13, 13, 13)]
+    assert {spec.shape[0] for spec in behind_cummax.inputs} == {13}, "what is asserted is known"
 
 
 @pytest.mark.rtx
