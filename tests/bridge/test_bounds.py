@@ -155,7 +155,7 @@ def test_products_of_bounds_that_no_size_can_be() -> None:
 
 
 class Grids(torch.nn.Module):
-    """Positions of several grids, whose sizes are values, for rows that they add up to (as in MiniMax-M3's pictures)."""
+    """Positions in several grids, whose sizes are values, for rows that they add up to (MiniMax-M3's pictures)."""
 
     def forward(self, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         a, b = sizes.tolist()
