@@ -16,24 +16,26 @@ from .options import Options
 from .structure import leaf_labels
 
 
-def with_bounds(model: OnnxModel, options: Options) -> OnnxModel:
+def with_bounds(model: OnnxModel, options: Options, example: Mapping[str, int] | None = None) -> OnnxModel:
     """A model whose data-dependent sizes have the names of ``output_shapes`` and the bounds that the options give.
 
     Args:
         model: after the passes.
         options: ``output_shapes`` and ``max_data_size`` are read.
+        example: sizes to tune for by symbol, where these are known; else it is half of the bound.
 
     Raises:
         OptionError: ``output_shapes`` names no result, or a dimension that does not depend on data.
     """
-    ranges: dict[str, Range] = dict(model.data_dims)
+    example = example or {}
+    ranges = {name: _tuned(bounds, example.get(name)) for name, bounds in model.data_dims.items()}
     names: dict[str, str] = {}
     for place, dims in (options.output_shapes or {}).items():
         for axis, dim in dims.items():
             symbol = _symbol(model, place, axis, dim)
             names[symbol] = dim.name
             ranges.pop(symbol, None)
-            ranges[dim.name] = _range(dim)
+            ranges[dim.name] = _tuned(_range(dim), example.get(symbol) if dim.opt is None else None)
     if names:
         model = _renamed(model, names)
     if options.max_data_size is not None:
@@ -42,7 +44,7 @@ def with_bounds(model: OnnxModel, options: Options) -> OnnxModel:
         known = {*model.signature.dims, *ranges}
         for text in _dim_texts(model.proto.graph):
             for name in names_in(text) - known:
-                ranges[name] = (0, max(1, most // 2), most)
+                ranges[name] = _tuned((0, max(1, most // 2), most), example.get(name))
     if ranges == model.data_dims:
         return model
     every = {**model.signature.dims, **ranges}
@@ -85,6 +87,12 @@ def _symbol(model: OnnxModel, place: str | int, axis: int, dim: Dim) -> str:
 def _range(dim: Dim) -> Range:
     opt = max(dim.min, dim.max // 2, 1) if dim.opt is None else dim.opt
     return (dim.min if dim.min > 1 else 0, opt, dim.max)
+
+
+def _tuned(bounds: Range, size: int | None) -> Range:
+    """A range that is tuned for a size, as far as that is inside of it."""
+    low, opt, high = bounds
+    return (low, opt if size is None else min(max(size, low, 1), high), high)
 
 
 def _renamed(model: OnnxModel, names: Mapping[str, str]) -> OnnxModel:

@@ -23,6 +23,7 @@ from .model import INLINE_LIMIT_BYTES, ORIGIN_KEY, OnnxModel, Origin, Signature,
 from .origins import compact_origins, strip_prefix
 from .parameters import Parameters, describe_parameters, mark, marked
 from .simplify import simplify
+from .stated_sizes import stated_sizes
 from .structure import Structure
 from .trace import MODULE, left_as_found, quiet, shorten, to_eval_mode, trace_module
 from .tracing import one_at_a_time
@@ -299,18 +300,18 @@ def _rename_symbols(
             if symbol not in names and len(arguments.ranges.keys() - set(names.values())) == 1:
                 names[symbol] = next(iter(arguments.ranges.keys() - set(names.values())))
     names |= _data_symbols(exported)
-    if names:
-        pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    stated = stated_sizes(program)
+    if names or stated:
+        pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None
+
+        def rename(size: Size) -> Size:
+            return pattern.sub(lambda m: names[m[0]], size) if pattern is not None and isinstance(size, str) else size
+
+        stated = {str(rename(text)): rename(size) for text, size in stated.items()}
         for value in _all_values(graph):
             if value.shape is not None and any(not isinstance(size, int) for size in value.shape):
-                value.shape = ir.Shape(
-                    [
-                        size
-                        if isinstance(size, int) or size.value is None
-                        else pattern.sub(lambda m: names[m[0]], size.value)
-                        for size in value.shape
-                    ]
-                )
+                sizes = [rename(size) for size in shape_of(value)]
+                value.shape = ir.Shape([stated.get(size, size) if isinstance(size, str) else size for size in sizes])
     return names
 
 

@@ -304,7 +304,10 @@ def _insert(graph: torch.fx.Graph, op: Any, args: tuple[Any, ...], like: torch.f
     fake = next(
         (n.meta["val"].fake_mode for n in made.all_input_nodes if hasattr(n.meta.get("val"), "fake_mode")), None
     )
-    if fake is not None:
+    if op is torch.ops.aten.copy_.default:
+        # It returns what it writes to. Torch up to 2.11 asks of a size that depends on data whether it is 1, and fails.
+        made.meta["val"] = values[0]
+    elif fake is not None:
         with fake:
             made.meta["val"] = op(*values)
     return made

@@ -29,6 +29,7 @@ from .bounds import with_bounds
 from .build import build_plan, check_plan
 from .check_passes import run_passes
 from .engine_cache import EngineCache
+from .example_sizes import example_sizes
 from .export import ExportedModule
 from .halving import find_culprit
 from .model import OnnxModel, iterate_nodes, origin_of
@@ -97,6 +98,7 @@ class Planner:
     _quantized: Mapping[str, frozenset[str]] = field(default_factory=dict)
     _measurements: Measurements = field(default_factory=Measurements)
     _checked: frozenset[str] | None = None
+    _sizes: Mapping[str, int] | None = None  # of the example, once they are known
     _made: tuple[frozenset[str], Plan] | None = None  # the last plan and what was a plugin in it
     _fixed: set[str] = field(default_factory=set)  # calls that cannot be plugins
 
@@ -360,7 +362,14 @@ class Planner:
                     raise UnsupportedOpError(f"{error} Refused were: {self.nodes}") from error
             self._nodes = [*iterate_nodes(model.proto.graph)]
             self._opset = next((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), None)
-            return with_bounds(model, self.options)
+            return with_bounds(model, self.options, self._example_sizes())
+
+    def _example_sizes(self) -> Mapping[str, int]:
+        """What sizes that depend on data are on the example; ONNX Runtime has no profiles to tune by them."""
+        if self._sizes is None:
+            known = isinstance(self.source, ExportedModule) and self.backend.name != "onnxruntime"
+            self._sizes = example_sizes(self.source) if known else {}  # type: ignore[arg-type]
+        return self._sizes
 
     def _export(self, source: ExportedModule) -> OnnxModel:
         """The translation with all calls so far as plugins; made again only when there are more."""

@@ -89,6 +89,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "seggpt": {"image_size": [256, 128]},
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "uvdoc": {"backbone_config": {"out_features": [f"stage{number}" for number in range(1, 7)]}},
+    "timesfm2_5": {"context_length": 512},  # a loop in Python over 512 patches of the 16384 values by default
     "timm_backbone": {"backbone": "resnet10t", "use_pretrained_backbone": False},
     "tvp": {"max_img_size": 224, "num_frames": 2},
     "videomae": {"num_frames": 4, "image_size": 64},

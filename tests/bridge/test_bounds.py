@@ -152,3 +152,34 @@ def test_products_of_bounds_that_no_size_can_be() -> None:
     with pytest.raises(tb.DynamicShapeError, match=r"(?s)sizes up to 2147483647.*State smaller bounds"):
         tb.convert(Volume(), args, backend="tensorrt_rtx", plugin_host="segments", max_data_size=2048)
     assert tb.convert(Volume(), args, backend="tensorrt_rtx", plugin_host="segments", max_data_size=64)
+
+
+class Grids(torch.nn.Module):
+    """Positions in several grids, whose sizes are values, for rows that they add up to (MiniMax-M3's pictures)."""
+
+    def forward(self, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        a, b = sizes.tolist()
+        positions = torch.cat([torch.arange(a), torch.arange(b)]).unsqueeze(1)
+        return torch.cummax(x * positions, 0).values * positions
+
+
+@pytest.mark.rtx
+def test_sizes_that_add_up_to_a_known_one(convert_both: Callable[..., Any]) -> None:
+    """With half of the bound for each the builder refuses the product: twice 6 is not 13."""
+    x = torch.randn(13, 4)
+    calls = [((x, torch.tensor([5, 8])), {}), ((x, torch.tensor([11, 2])), {})]
+    _, built = convert_both(Grids(), calls)
+    assert sorted({call.op for call in built.program.plugin_calls}) == ["aten::arange.default", "aten::cummax.default"]
+    _, behind_sizes, behind_cummax = built.program.engines
+    assert [spec.ranges[0] for spec in behind_sizes.inputs] == [(0, 5, 13), (0, 8, 13), (13, 13, 13)]
+    assert {spec.shape[0] for spec in behind_cummax.inputs} == {13}, "what is asserted is known"
+
+
+@pytest.mark.rtx
+def test_sizes_that_are_not_tied_do_not_hang_on_the_example() -> None:
+    """Else another example would make another engine."""
+    pytest.importorskip("tensorrt_rtx")
+    options: Any = {"backend": "tensorrt_rtx", "plugin_host": "segments", "max_data_size": 10}
+    for x in (torch.ones(3, 2), -torch.ones(3, 2)):
+        (engine,) = tb.convert(_positives(), (x,), **options).program.engines
+        assert [spec.ranges for spec in engine.inputs] == [((0, 5, 10),)]

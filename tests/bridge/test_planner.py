@@ -417,6 +417,21 @@ def test_random_tensors_may_be_written_to() -> None:
         torch.testing.assert_close(fast(x * sign), function(x * sign))
 
 
+@pytest.mark.rtx
+def test_writes_to_a_tensor_whose_size_depends_on_data(convert_both: Callable[..., Any]) -> None:
+    """Idefics2's positions: torch 2.11 fails over a copy of such a size, as the plugin's result is written with."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        rows = x[(x > 0).any(-1)]
+        made = torch.full((rows.shape[0], 4), 0.5)
+        made[rows > 0] = rows[rows > 0]
+        return made + 1
+
+    calls = [((torch.randn(5, 4),), {}), ((-torch.rand(5, 4) + torch.eye(5, 4) * 2,), {})]
+    _, built = convert_both(_module(function), calls, max_data_size=64)
+    assert _plugins(built) == ["aten::index.Tensor", "aten::index.Tensor", "aten::index_put.default"]
+
+
 def test_views_that_are_written_to_are_no_plugins() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         kept = x * 2
