@@ -198,7 +198,8 @@ class _Search:
 
     def _check(self, name: str, model: OnnxModel, export: OnnxModel) -> GraphCheck:
         calls = None if isinstance(self.source, OnnxModel) else align(model, self.base or export)
-        return GraphCheck(name, examine(model, self.reference, calls), self.reference, self.limits)
+        before = None if isinstance(self.source, OnnxModel) else self.base or export
+        return GraphCheck(name, examine(model, self.reference, calls, before), self.reference, self.limits)
 
     def _compare(self, check: GraphCheck, before: OnnxModel | None) -> tuple[Stage, Suspect | None, Repro | None]:
         stage = check.run()

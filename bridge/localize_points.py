@@ -171,7 +171,9 @@ def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
                 _rename(inner, inside)
 
 
-def examine(model: OnnxModel, reference: Reference, calls: Mapping[str, str] | None = None) -> Examined:
+def examine(
+    model: OnnxModel, reference: Reference, calls: Mapping[str, str] | None = None, export: OnnxModel | None = None
+) -> Examined:
     """Find the tensors of a graph that hold values of the reference.
 
     Which tensor holds a call's result is not recorded. It is one that the call's nodes make, that others read, and of
@@ -182,6 +184,8 @@ def examine(model: OnnxModel, reference: Reference, calls: Mapping[str, str] | N
         model: the graph.
         reference: whose values.
         calls: the graph's calls by the reference's names of them (`align`); None where they are the same.
+        export: the graph before the passes. A tensor that a call made there which has no nodes any more still holds
+            that call's result, whatever node makes it now.
     """
     types = tensor_types(model.proto)
     known = reference.types
@@ -193,7 +197,11 @@ def examine(model: OnnxModel, reference: Reference, calls: Mapping[str, str] | N
     for name in named:
         if _fits(types.get(name), known[name]):
             taken[name] = name
-    for call, tensors in _results_of_calls(nodes, results).items():
+    before = [] if export is None or calls is not None else export.proto.graph.node
+    here = {origin_of(node).call for node in nodes}
+    # What a call gave whose nodes are gone, as they were folded into another call's.
+    makes = {name: call for node in before if (call := origin_of(node).call) not in here for name in node.output}
+    for call, tensors in _results_of_calls(nodes, results, makes).items():
         own = call if calls is None else calls.get(call, "")
         keys: list[str] = []
         while f"{own}:{len(keys)}" in known:
@@ -212,9 +220,19 @@ def examine(model: OnnxModel, reference: Reference, calls: Mapping[str, str] | N
     return Examined(model, tuple(Point(name, taken[name], makers[name]) for name in order if name in taken))
 
 
-def _results_of_calls(nodes: Sequence[onnx.NodeProto], results: Collection[str]) -> dict[str, list[str]]:
-    """For each call the tensors that it made and that nodes of other calls read, or that are results, in order."""
-    made = {name: call for node in nodes if (call := origin_of(node).call) for name in node.output if name}
+def _results_of_calls(
+    nodes: Sequence[onnx.NodeProto], results: Collection[str], makes: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """For each call the tensors that it made and that nodes of other calls read, or that are results, in order.
+
+    Args:
+        nodes: of the graph.
+        results: of the graph.
+        makes: the call of a tensor where that is known by its name; else it is that of its node.
+    """
+    made = {
+        name: makes.get(name, call) for node in nodes if (call := origin_of(node).call) for name in node.output if name
+    }
     read: set[str] = set(results)
     for node in nodes:
         call = origin_of(node).call

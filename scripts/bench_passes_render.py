@@ -26,6 +26,7 @@ PURPOSE: Mapping[str, str] = {
     "RemoveNoOps": "What other passes leave, Casts to the same type and Reshapes to the same shape, hides patterns.",
     "RepairTypes": "The parser refuses these types.",
     "RepairRanks": "The parser refuses these ranks.",
+    "FuseBatchNorm": "A batch norm is a step less where its convolution has the numbers.",
     "FoldShapes": "Constant shapes are what the merges go by.",
     "MergeCasts": "A type between two Casts may be one that engines lack.",
     "MergeSlices": "Slices of slices are as many copies where the builder does not see through them.",

@@ -40,6 +40,20 @@ def test_a_right_conversion_raises_no_alarm(net: nn.Module, converted: tb.Engine
     assert "nothing wrong in export, passes, engine onnxruntime" in str(report)
 
 
+def test_a_norm_that_was_folded_into_a_convolution_is_still_a_layer() -> None:
+    torch.manual_seed(0)
+    block = [nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), *block).eval()
+    for norm in (network[1], network[4]):
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        nn.init.normal_(norm.running_mean)
+    report = tb.localize(network, None, (torch.randn(2, 3, 9, 9),), backend="onnxruntime")
+    assert not report.found, str(report)
+    for stage in report.stages[1:]:
+        assert [layer.op_type for layer in stage.layers] == ["Conv", "Relu"] * 2
+        assert all(layer.error is not None and layer.error < 1e-5 and not layer.wrong for layer in stage.layers)
+
+
 @dataclasses.dataclass(frozen=True)
 class Careless(Pass):
     """Doubles a bias: a pass with a bug."""
