@@ -198,7 +198,7 @@ def examine(
         if _fits(types.get(name), known[name]):
             taken[name] = name
     before = [] if export is None or calls is not None else export.proto.graph.node
-    here = {origin_of(node).call for node in nodes}
+    here = {"", *(origin_of(node).call for node in nodes)}
     # What a call gave whose nodes are gone, as they were folded into another call's.
     makes = {name: call for node in before if (call := origin_of(node).call) not in here for name in node.output}
     for call, tensors in _results_of_calls(nodes, results, makes).items():

@@ -3,26 +3,18 @@
 torch.compile runs in its modes "reduce-overhead" and "max-autotune": both of them use CUDA graphs, and the second tunes
 kernels besides, for a minute or more a model ("max-autotune-no-cudagraphs" has none and is not measured). Whatever
 compiles comes last, and what was measured before it is written down first: a unit that is killed for time keeps that.
-
-Compiling is work of the CPU, so several runs of scripts/bench.py with records of their own may share a GPU: whatever is
-timed, ours and theirs and what torch.compile tries while it tunes, waits for its turn (`its_turn`).
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import bench_models as models
 import torch
 from bench_common import DRY_RUN, Call, Example, Keep, Row, Settings, capture, in_turns, ours, program_file
-from filelock import FileLock
 from helpers import compare, leaves
 
 BATCHES = (1, models.MOST_BATCH)
@@ -56,8 +48,7 @@ def beside(unit: str, settings: Settings, keep: Keep) -> list[Row]:
             call, results = make()
             row |= {"first_s": round(time.perf_counter() - started, 2), **compare(leaves(results), expected)}
             calls[way] = call
-            with its_turn():
-                timed = in_turns({BASE: calls[BASE], way: call} if BASE in calls else {way: call}, settings)
+            timed = in_turns({BASE: calls[BASE], way: call} if BASE in calls else {way: call}, settings)
             row |= timed[way].to_json()
         except Exception as error:  # a way that fails is a finding
             row["error"] = f"{type(error).__name__}: {error}"[:400]
@@ -68,42 +59,15 @@ def beside(unit: str, settings: Settings, keep: Keep) -> list[Row]:
         add(way, lambda way=way: _ours(model, settings, given, way, rows[way]))
     for way, make in _others(module, given, settings):
         add(way, make)
+    if any(way.startswith("inductor") for way in calls):
+        # Its CUDA graphs let go of cuBLAS's workspaces, which a graph that was captured before still writes to.
+        calls.pop("eager graph", None)
     if calls:
-        with its_turn():
-            together = in_turns(calls, settings)
-        for way, timed in together.items():
+        for way, timed in in_turns(calls, settings).items():
             rows[way] |= timed.to_json()
     found = _with_ratios(rows)
     keep(found)
     return found
-
-
-def its_turn() -> Any:
-    """Have this process's GPU for a measurement; processes that do not ask for a turn are not kept off."""
-    return _lock().acquire(poll_interval=0.002)  # within a turn another one is the same
-
-
-@functools.cache
-def _lock() -> FileLock:
-    gpu = "cpu" if DRY_RUN else torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-    return FileLock(Path(tempfile.gettempdir()) / f"trtbridge-bench-{os.getuid()}-{gpu}.lock")
-
-
-def _tune_in_turns() -> None:
-    """Let torch.compile time its candidates in this process's turns."""
-    from torch._inductor.runtime.benchmarking import benchmarker
-
-    for name in ("benchmark", "benchmark_gpu"):
-        setattr(benchmarker, name, _in_turn(getattr(benchmarker, name)))
-
-
-def _in_turn(real: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(real)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with its_turn():
-            return real(*args, **kwargs)
-
-    return timed
 
 
 def _with_ratios(rows: dict[str, Row]) -> list[Row]:
@@ -134,8 +98,6 @@ def _others(
     yield "eager graph", lambda: capture(call)
     if importlib.util.find_spec("torch_tensorrt"):
         yield "torch_tensorrt", lambda: _torch_tensorrt(module, given)
-    if settings.inductor and not DRY_RUN:
-        _tune_in_turns()
     for mode in settings.inductor:
         yield f"inductor {mode}", lambda mode=mode: _inductor(module, given, mode)
 

@@ -188,7 +188,11 @@ main (uint8[batch,3,EDGE,EDGE] image) => (TYPE[batch,100] scores)
 """
 
 
-def write_file(module: Classifier, edge: int, path: Path) -> None:
+_COMPUTED = ("places = {2, 3}>\n{", "last = {3, 4}, int64[2] ones = {1, 1}>\n{\n  places = Sub (last, ones)")
+"""The axes as an exporter writes them that computes what they are."""
+
+
+def write_file(module: Classifier, edge: int, path: Path, computed_axes: bool = False) -> None:
     """Write the classifier as an exporter for training would: with unread masks, places, deviations, and leftovers."""
     weights = [
         tensor.detach().cpu().numpy()
@@ -197,6 +201,7 @@ def write_file(module: Classifier, edge: int, path: Path) -> None:
     ]
     half = weights[0].dtype == np.float16
     text = _FILE.replace("TYPE", "float16" if half else "float").replace("EDGE", str(edge))
+    text = text.replace(*_COMPUTED) if computed_axes else text
     text = text.replace("ELEMENT", str(int(onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT)))
     model = onnx.parser.parse_model(text)
     weights.append(np.array(0.0039, weights[0].dtype))
@@ -212,10 +217,12 @@ def write_file(module: Classifier, edge: int, path: Path) -> None:
 class FileCase(zoo.Case):
     """A case whose module is converted from a file."""
 
+    computed_axes: bool = False
+
     def write(self, module: nn.Module, path: Path) -> None:
         """Write the module in its dtype."""
         assert isinstance(module, Classifier)
-        write_file(module, _edge(zoo.DRY_RUN), path)
+        write_file(module, _edge(zoo.DRY_RUN), path, self.computed_axes)
 
 
 def _edge(small: bool) -> int:
@@ -253,4 +260,7 @@ CASES: tuple[zoo.Case, ...] = (
     zoo.Case("ported", (), lambda s: Ported(*((16, 4) if s else (128, 8))), zoo._image(128, 16), {"x": {0: _BATCH}}),
     zoo.Case("chunks", (), lambda s: Chunks(*((16, 2) if s else (512, 6))), _rows, {"x": {0: _BATCH, 1: _LENGTH}}),
     FileCase("file", (), lambda s: Classifier(8 if s else 128), _bytes, {"image": {0: _BATCH}}),
+    FileCase(
+        "computed axes", (), lambda s: Classifier(8 if s else 128), _bytes, {"image": {0: _BATCH}}, computed_axes=True
+    ),
 )

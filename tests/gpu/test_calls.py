@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -215,6 +216,41 @@ def test_eight_threads(make: Make, eager: Net, cuda: torch.device, mode: bool, o
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     assert module.stats().contexts <= 3
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=str)
+def test_eight_modules_in_eight_threads(backend: str, device: torch.device, mode: bool, report: Report) -> None:
+    """Copies of one module that are first called together give what each gives alone, bit by bit, and all the same."""
+    torch.manual_seed(3)
+    layers = [torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3, padding=1), torch.nn.ReLU()) for _ in range(8)]
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), *layers, torch.nn.Conv2d(32, 4, 3)).to(device)
+    network = network if DRY_RUN else network.half()
+    given = [torch.randn(1, 3, 96, 96, device=device, dtype=next(network.parameters()).dtype) for _ in range(8)]
+    first = tb.convert(network.eval(), (given[0],), backend=backend, cuda_graphs=mode)
+    modules = [first, *(copy.deepcopy(first) for _ in range(7))]
+
+    def stream() -> Any:
+        return nullcontext() if DRY_RUN else torch.cuda.stream(torch.cuda.Stream())
+
+    def work(thread: int) -> list[torch.Tensor]:
+        with stream():
+            results = [modules[thread](given[(thread + turn) % 8]) for turn in range(24)]
+            if not DRY_RUN:
+                torch.cuda.current_stream().synchronize()
+        return results
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(work, range(8)))
+    alone = [[module(x) for x in given] for module in modules]
+    different = sum(
+        not torch.equal(result, alone[thread][(thread + turn) % 8])
+        for thread, results in enumerate(together)
+        for turn, result in enumerate(results)
+    )
+    others = sum(not torch.equal(a, b) for results in alone[1:] for a, b in zip(results, alone[0], strict=True))
+    report("eight modules", cuda_graphs=mode, together_unlike_alone=different, unlike_the_first_module=others)
+    assert not different
+    assert not others
 
 
 def test_bound_call(make: Make, eager: Net, device: torch.device) -> None:
