@@ -4,6 +4,7 @@
     python scripts/model_sweep.py --backend onnxruntime --only transformers --filter '^(bert|t5)$' --jobs 2
     python scripts/model_sweep.py --json sweep.json --budget 500    stops starting models after 500 s; again to resume
     python scripts/model_sweep.py --json sweep.json --render        only writes the page
+    python scripts/model_sweep.py --localize --filter '^grounding-dino$'     says where each of these parts from PyTorch
 
 Each model runs in a worker process that is killed at its time limit and replaced when it dies; what is known is in the
 JSON file at any time, and a model that stands there is not run again (``--again`` says otherwise). Models that failed
@@ -32,7 +33,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from model_sweep_examine import GOOD, STAGES, Key, Outcome, examine, words_of
+from model_sweep_examine import GOOD, STAGES, Key, Outcome, examine, localize, words_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("timm", "transformers")
@@ -332,10 +333,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "model-coverage.md", help="the page")
     parser.add_argument("--no-render", action="store_true", help="write no page")
     parser.add_argument("--render", action="store_true", help="only write the page")
+    parser.add_argument("--localize", action="store_true", help="only print where the models part from PyTorch")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
         worker(options.backend, options.dtype)
+        return 0
+    if options.localize:
+        for source, name in _models(options):
+            print(localize(source, name, options.backend, options.dtype), flush=True)
         return 0
     results = Results(options.json)
     if not options.render:
@@ -353,7 +359,8 @@ def urgency(stage: str | None) -> int:
     return 3 if stage in GOOD else 2 if stage in ("timeout", "crash") else 0
 
 
-def _sweep(options: argparse.Namespace, results: Results) -> None:
+def _models(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Those that are asked for, by source and name."""
     import model_zoo
 
     models: list[tuple[str, str]] = []
@@ -364,6 +371,13 @@ def _sweep(options: argparse.Namespace, results: Results) -> None:
             print(f"{source} is not installed ({error}); left out", flush=True)
             continue
         models += [(source, name) for name in known if re.search(options.filter, name)]
+    return models
+
+
+def _sweep(options: argparse.Namespace, results: Results) -> None:
+    import model_zoo
+
+    models = _models(options)
     again = options.again.split(",")
     known_outcomes = {key: o for key, o in results.outcomes.items() if "all" not in again and o.stage not in again}
     wanted = [model for model in models if (*model, options.backend, options.dtype) not in known_outcomes]

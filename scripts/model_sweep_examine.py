@@ -121,6 +121,24 @@ def examine(source: str, name: str, backend: str, dtype: str) -> Outcome:
     return outcome
 
 
+def localize(source: str, name: str, backend: str, dtype: str) -> str:
+    """Where the conversion of one model parts from PyTorch, as `tb.localize` tells it."""
+    import model_zoo
+    import torch
+
+    import trtbridge as tb
+
+    device = torch.device("cpu" if backend == "onnxruntime" else "cuda")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    recipe = model_zoo.make(source, name)
+    kind = getattr(torch, dtype)
+    args, kwargs = _cast((recipe.args, recipe.kwargs), kind, device)
+    with torch.no_grad():
+        module = recipe.module.to(device, kind)
+        converted = _convert(module, args, kwargs, backend, device, Outcome(source, name, backend, dtype))
+        return f"{source} {name}\n{tb.localize(module, converted, (args, kwargs))}"
+
+
 def explain_mismatch(
     outcome: Outcome, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], expected: Sequence[Any]
 ) -> None:

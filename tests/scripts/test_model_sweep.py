@@ -299,6 +299,14 @@ def test_a_model_in_this_process(sweep: Any) -> None:
     assert outcome.parameters > 1000
 
 
+def test_where_a_model_parts_from_pytorch(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--localize", "--backend", "onnxruntime", "--only", "transformers", "--filter", "^bert$"]
+    assert sweep.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("transformers bert\n")
+    assert "nothing wrong in export, passes, engine onnxruntime" in text
+
+
 def test_what_torch_export_refuses_says_its_words(sweep: Any, zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Branches(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
