@@ -9,6 +9,9 @@ import torch
 
 from ..errors import ExecutionError, PluginError, TrtBridgeError
 from ..nodes import ONNX_NODE_OP
+from ..plugins.calls import decode
+from ..plugins.program import OP as RUN_PROGRAM
+from ..plugins.program import ops_of
 from ..plugins.registry import call_op, find_op, stays_out_of_graphs
 from ..plugins.sizes import names_in
 from .backends.base import Context, Engine
@@ -132,8 +135,18 @@ def capture_problem(program: Program) -> str:
                 return f"the size of {spec.name} depends on data, so that the host waits for it ({name})"
         if isinstance(step, PluginCall) and step.op == ONNX_NODE_OP:
             return f"the ONNX node from {step.origin} runs in ONNX Runtime on the CPU"
-        inside = step.engine.info.get("plugins", []) if isinstance(step, EngineStep) else [{"op": step.op}]
-        for op in (plugin["op"] for plugin in inside):
+        for op in _ops_of(step):
             if stays_out_of_graphs(op):
                 return f"the author of {op} says that no CUDA graph may hold it"
     return ""
+
+
+def _ops_of(step: EngineStep | PluginCall) -> set[str]:
+    """The plugin ops of a step, and those that a condition or loop calls."""
+    if isinstance(step, EngineStep):
+        return {plugin["op"] for plugin in step.engine.info.get("plugins", [])}
+    if step.op != RUN_PROGRAM:
+        return {step.op}
+    (text, _), _ = decode(step.call, [torch.empty(0)] * len(step.inputs), None)
+    own = {name.replace(".", "::", 1) for name in ops_of(text)}
+    return {name for name in own if not name.startswith(("aten::", "prims::"))}

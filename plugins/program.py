@@ -37,6 +37,15 @@ def _load(text: str) -> Callable[..., Any]:
         return program.module(check_guards=False) if _takes_check_guards() else program.module()
 
 
+def ops_of(text: str) -> set[str]:
+    """The torch ops that a program calls, with those in the bodies of its conditions and loops."""
+    loaded = _load(text)
+    assert isinstance(loaded, torch.nn.Module)
+    graphs = [part.graph for part in loaded.modules() if isinstance(part, torch.fx.GraphModule)]
+    targets = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    return {str(target) for target in targets if isinstance(target, torch._ops.OpOverload)}
+
+
 def _takes_check_guards() -> bool:
     import inspect
 

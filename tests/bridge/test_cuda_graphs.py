@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch._higher_order_ops.scan import scan
 
 import trtbridge as tb
 from trtbridge.bridge.cuda_graphs import Captured, Capturer, GraphCache
@@ -251,6 +252,16 @@ def test_an_op_whose_python_code_must_run_each_time() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.ops.cuda_graph_tests.counted(x) * 2
 
+    class Looped(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            def step(total: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return total + torch.ops.cuda_graph_tests.counted(row), row * 1
+
+            return scan(step, torch.zeros(3), x)[0]
+
+    looped = _program(Looped())
+    assert [call.op for call in looped.plugin_calls] == ["trtbridge::run_program.default"]
+    assert "cuda_graph_tests::counted.default says that no CUDA graph may hold it" in capture_problem(looped)
     program = _program(Counted())
     assert "cuda_graph_tests::counted.default says that no CUDA graph may hold it" in capture_problem(program)
     engine = dataclasses.replace(
