@@ -63,6 +63,43 @@ class Lane:
         self.order = StreamOrder(device, workspace) if device.type == "cuda" else None
 
 
+class LaneMaker:
+    """Makes lanes over the engines of a program.
+
+    It knows the engines and not the program, which has it: nothing here lives longer than who uses it.
+
+    Args:
+        executables: the engine of each step, None for a plugin; looked at each time, as they may be replaced in place.
+        device: where they run.
+        share_workspace: the engines of a lane share one scratch memory.
+    """
+
+    def __init__(self, executables: Sequence[Executable | None], device: torch.device, share_workspace: bool) -> None:
+        self._executables = executables
+        self._device = device
+        self._share_workspace = share_workspace
+
+    def __call__(self) -> Lane:
+        """A lane with scratch memory of its own."""
+        return self.over(self.workspace())
+
+    def over(self, workspace: torch.Tensor | None) -> Lane:
+        """A lane over scratch memory that `workspace` made."""
+        return Lane(self._executables, self._device, workspace)
+
+    def workspace(self) -> torch.Tensor | None:
+        """Scratch memory for lanes that run one after the other; None where each context has its own."""
+        if not self._share_workspace or not self.workspace_bytes:
+            return None
+        return torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self._device)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory that one lane needs on the device, in bytes."""
+        sizes = [executable.workspace_bytes for executable in self._executables if executable is not None]
+        return max(sizes, default=0) if self._share_workspace else sum(sizes)
+
+
 class LanePool:
     """At most so many lanes, made when they are needed; who finds none waits.
 
