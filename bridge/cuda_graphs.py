@@ -146,7 +146,7 @@ class Capturer:
         if not self._has_workspace:
             self.order.memory = self._lanes.workspace()
             self._has_workspace = True
-        return self._lanes.over(self.order.memory)
+        return self._lanes.over(self.order.memory, self.order)
 
     @contextmanager
     def _on_own_stream(self) -> Iterator[None]:

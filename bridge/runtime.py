@@ -67,7 +67,8 @@ class RunningProgram:
         # What is handed on from here does not lead back to this object: a cycle of references would keep contexts,
         # scratch memory and graphs until Python's garbage collector comes by, which on a quiet host is never.
         self._run = StepRunner(program, steps, self._constants)
-        self._make_lane = LaneMaker(self._executables, device, options.share_workspace and device.type == "cuda")
+        shares = options.share_workspace and device.type == "cuda"
+        self._make_lane = LaneMaker(self._executables, device, shares, reads=self._constants)
         # One set of contexts is made now, so that a lack of memory shows when the program is loaded.
         self._lanes = LanePool(self._make_lane, options.max_contexts)
         self._lanes.give(self._lanes.take())
