@@ -133,7 +133,8 @@ def render(found: dict[str, Any]) -> str:
         )
         lines.append(
             f"memory, {name}: {begin:.1f} MiB after the warm-up, {value / 2**20:.1f} MiB at the end, "
-            f"{collected:.1f} MiB after a garbage collection, {dropped:.1f} MiB without the {found['shared']} shared modules"
+            f"{collected:.1f} MiB after a garbage collection, {dropped:.1f} MiB without the {found['shared']} modules "
+            "that threads shared"
         )
     lines.append(f"modules that nobody has and that are there: {found['left']}")
     return "\n".join(lines)

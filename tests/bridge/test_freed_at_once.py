@@ -60,6 +60,11 @@ class Decides(torch.nn.Module):
         return x if x.sum() > 0 else x * 2
 
 
+class Pairs(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.combinations(x) * 2
+
+
 def convert(**options: Any) -> tb.EngineModule:
     shapes = {"x": {0: BATCH}}
     return tb.convert(Net().eval(), (torch.ones(2, 4),), dynamic_shapes=shapes, backend="onnxruntime", **options)
@@ -248,6 +253,19 @@ def test_a_conversion_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch)
     del caught
     assert found
     assert alive(found) == []
+
+
+def test_a_function_that_becomes_one_call_keeps_no_frames() -> None:
+    """The error of the first trace, which failed, is needed during the second one."""
+
+    def caller() -> Callable[[], Any]:
+        holder = Holder()
+        tb.convert(Pairs(), (torch.randn(5),), backend="onnxruntime")
+        return weakref.ref(holder)
+
+    caller()  # modules of torch are imported
+    gc.collect()
+    assert caller()() is None
 
 
 # What needs CUDA, without CUDA
