@@ -102,12 +102,12 @@ def _open(path: Path, what: str) -> Iterator[zipfile.ZipFile]:
 def _read_manifest(archive: zipfile.ZipFile, path: Path, form: str, version: int, what: str) -> dict[str, Any]:
     text = archive.read(_MANIFEST)
     checksum = _COMMENT + hashlib.sha256(text).hexdigest().encode()
-    damaged = ModelFileError(f"{path} is damaged: its manifest does not match its checksum. Save it again.")
+    damaged = f"{path} is damaged: its manifest does not match its checksum. Save it again."
     if archive.comment and archive.comment != checksum:
-        raise damaged
+        raise ModelFileError(damaged)
     manifest: dict[str, Any] = json.loads(text)
     if isinstance(manifest, dict) and manifest.get("sealed") and not archive.comment:
-        raise damaged  # files of before there was such a checksum are not sealed
+        raise ModelFileError(damaged)  # files of before there was such a checksum are not sealed
     if not isinstance(manifest, dict) or manifest.get("format") != form:
         raise ModelFileError(f"{path} is a zip file, but no {what}.")
     if manifest["version"] > version:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from ..plugins.captures import end_failed_capture
-from .lanes import Lane, StreamOrder
+from .lanes import Lane, LaneMaker, StreamOrder
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +58,20 @@ class Capturer:
     """Captures and times calls on one device. What needs CUDA stands here, apart from the rules of `GraphCache`.
 
     Args:
-        run: a plain call on torch's current stream.
-        make_lane: execution contexts for one graph, over the scratch memory that all graphs share.
+        run: a plain call on torch's current stream; like the next one it must not hold who has this, or only the
+            garbage collector would free the graphs.
+        lanes: makes the execution contexts of each graph, over scratch memory that all graphs share.
         device: where.
 
     Attributes:
         order: of the work that uses what the graphs share.
     """
 
-    def __init__(self, run: _Run, make_lane: Callable[[], Lane], device: torch.device) -> None:
+    def __init__(self, run: _Run, lanes: LaneMaker, device: torch.device) -> None:
         self.order = StreamOrder(device)
         self._run = run
-        self._make_lane = make_lane
+        self._lanes = lanes
+        self._has_workspace = False  # made with the first graph; `order` has it
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
@@ -139,6 +141,12 @@ class Capturer:
             best = [min(seconds(call, calls) for _ in range(rounds)) for call in (captured.replay, plain)]
         logger.info("a replay takes %.3f ms, a plain call %.3f ms", *(1e3 * t for t in best))
         return best[0] > _AS_FAST * best[1]
+
+    def _make_lane(self) -> Lane:
+        if not self._has_workspace:
+            self.order.memory = self._lanes.workspace()
+            self._has_workspace = True
+        return self._lanes.over(self.order.memory, self.order)
 
     @contextmanager
     def _on_own_stream(self) -> Iterator[None]:

@@ -104,10 +104,10 @@ def trtbridge_backend(
             raise OptionError(f'backend="trtbridge" has no modes, got mode={mode!r}; see tb.Options for its options.')
         own, rest = CompileOptions.split(options or {})
     except (OptionError, TypeError) as error:
-        problem = error
+        kind, words = type(error), str(error)  # the error itself would keep the frames that it has passed
 
         def complain(*_: Any) -> Any:
-            raise problem
+            raise kind(words)
 
         return complain
     return CompiledGraph(graph, read_inputs(graph, own.max_size), own, rest)
@@ -154,7 +154,10 @@ class CompiledGraph:
     def _not_now(self, inputs: Sequence[Any], error: InputError) -> Any:
         """Run one call in PyTorch, or raise the error."""
         if self._own.on_failure == "raise":
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or it would keep this frame, and the frame it
         self._say(
             f"for this call, since the engine does not take it: {error}\n"
             "options={'max_size': N} or torch._dynamo.mark_dynamic(x, dim, min=, max=) set the range of a size"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,31 +37,98 @@ class StreamOrder:
         stream = torch.cuda.current_stream(self._device)
         if self._stream is not None:
             stream.wait_event(self._done)
-            if self.memory is not None:
-                self.memory.record_stream(stream)
+        if self.memory is not None:
+            self.memory.record_stream(stream)
         self._stream, self._handle = stream, handle
 
     def leave(self) -> None:
         """Note that the stream of the last `enter` has been given work that uses the memory."""
         self._done.record(self._stream)
 
+    def wait(self) -> None:
+        """Wait on the host until that work is done; not while torch's current stream is captured, which forbids it."""
+        if not torch.cuda.is_current_stream_capturing():
+            self._done.synchronize()
+
 
 class Lane:
     """An execution context of each engine and the scratch memory that they share: for one call at a time.
+
+    When it goes it waits for its work: a module may be dropped right after a call, which its kernels outlast.
 
     Args:
         executables: the engine of each step, None for a plugin.
         device: where they run.
         workspace: scratch memory for all of them; None lets each context have its own.
+        order: of the work in it; None for one of its own.
+        reads: what the work in it reads besides, kept as long.
     """
 
+    order: StreamOrder | None = None
+
     def __init__(
-        self, executables: Sequence[Executable | None], device: torch.device, workspace: torch.Tensor | None = None
+        self,
+        executables: Sequence[Executable | None],
+        device: torch.device,
+        workspace: torch.Tensor | None = None,
+        order: StreamOrder | None = None,
+        reads: object = None,
     ) -> None:
+        if device.type == "cuda":
+            self.order = order or StreamOrder(device, workspace)
+        self._reads = reads
         self.contexts: list[Context | None] = [
             None if executable is None else executable.new_context(workspace) for executable in executables
         ]
-        self.order = StreamOrder(device, workspace) if device.type == "cuda" else None
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.order is not None and not is_finalizing():
+            self.order.wait()
+
+
+class LaneMaker:
+    """Makes lanes over the engines of a program.
+
+    It knows the engines and not the program, which has it: nothing here lives longer than who uses it.
+
+    Args:
+        executables: the engine of each step, None for a plugin; looked at each time, as they may be replaced in place.
+        device: where they run.
+        share_workspace: the engines of a lane share one scratch memory.
+        reads: what calls read besides; it is kept as long as the lanes.
+    """
+
+    def __init__(
+        self,
+        executables: Sequence[Executable | None],
+        device: torch.device,
+        share_workspace: bool,
+        reads: object = None,
+    ) -> None:
+        self._executables = executables
+        self._device = device
+        self._share_workspace = share_workspace
+        self._reads = reads
+
+    def __call__(self) -> Lane:
+        """A lane with scratch memory of its own."""
+        return self.over(self.workspace())
+
+    def over(self, workspace: torch.Tensor | None, order: StreamOrder | None = None) -> Lane:
+        """A lane over scratch memory that `workspace` made, whose work is put in order by that of others."""
+        return Lane(self._executables, self._device, workspace, order, self._reads)
+
+    def workspace(self) -> torch.Tensor | None:
+        """Scratch memory for lanes that run one after the other; None where each context has its own."""
+        if not self._share_workspace or not self.workspace_bytes:
+            return None
+        return torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self._device)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory that one lane needs on the device, in bytes."""
+        sizes = [executable.workspace_bytes for executable in self._executables if executable is not None]
+        return max(sizes, default=0) if self._share_workspace else sum(sizes)
 
 
 class LanePool:

@@ -16,11 +16,10 @@ from .annotation import current_mark
 from .backends import get_backend
 from .backends.base import Backend, Exchanging, Executable
 from .cuda_graphs import Captured, Capturer, GraphCache, capture_id
-from .dtypes import to_torch
-from .lanes import Lane, LanePool
+from .lanes import Lane, LaneMaker, LanePool
 from .program import EngineStep, Program
 from .runtime_options import RuntimeOptions
-from .runtime_steps import Environment, RunStep, capture_problem, engine_step, last_uses, plugin_step, require_ops
+from .runtime_steps import RunStep, StepRunner, capture_problem, engine_step, plugin_step, require_ops
 
 logger = logging.getLogger(__name__)
 
@@ -52,31 +51,28 @@ class RunningProgram:
         options = options or RuntimeOptions()
         require_ops(program)
         self.device = device
-        self._inputs = [spec.name for spec in program.signature.inputs]
-        self._outputs = [
-            (program.aliases.get(spec.name, spec.name), to_torch(spec.dtype)) for spec in program.signature.outputs
-        ]
         with torch.inference_mode(False):  # they may be written to later, in whatever mode
             self._constants = {name: tensor.to(device) for name, tensor in program.constants.items()}
         problem = capture_problem(program)
         loading = dataclasses.replace(options, cuda_graphs=False) if problem else options
-        self._steps: list[RunStep] = []
+        steps: list[RunStep] = []
         self._executables: list[Executable | None] = []
         for step in program.steps:
             if isinstance(step, EngineStep):
-                self._steps.append(engine_step(step.engine))
+                steps.append(engine_step(step.engine))
                 self._executables.append(backend.load(step.engine, device, cache_dir, loading))
             else:
-                self._steps.append(plugin_step(step, device, program.signature.dims))
+                steps.append(plugin_step(step, device, program.signature.dims))
                 self._executables.append(None)
-        self._dead_after = last_uses(program)
-        self._share_workspace = options.share_workspace and device.type == "cuda"
+        # What is handed on from here does not lead back to this object: a cycle of references would keep contexts,
+        # scratch memory and graphs until Python's garbage collector comes by, which on a quiet host is never.
+        self._run = StepRunner(program, steps, self._constants)
+        shares = options.share_workspace and device.type == "cuda"
+        self._make_lane = LaneMaker(self._executables, device, shares, reads=self._constants)
         # One set of contexts is made now, so that a lack of memory shows when the program is loaded.
         self._lanes = LanePool(self._make_lane, options.max_contexts)
         self._lanes.give(self._lanes.take())
         self._captured: dict[tuple[int, int], Lane] = {}  # by stream and capture of the caller
-        self._names = [step.name if isinstance(step, EngineStep) else f"plugin {step.op}" for step in program.steps]
-        self._title = program.source or "program"
         self._count_lock = threading.Lock()
         self._local = threading.local()
         self._calls = 0
@@ -120,17 +116,13 @@ class RunningProgram:
     @torch.no_grad()
     def run_all(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run, wait, and return every tensor that crosses from one step to the next, by name."""
-        environment = dict(zip(self._inputs, inputs, strict=True)) | self._constants
         lane = self._lanes.take()
         try:
             if self.device.type != "cuda":
-                for step, context in zip(self._steps, lane.contexts, strict=True):
-                    step(environment, context)
-                return environment
+                return self._run.run_all(inputs, lane)
             with torch.cuda.device(self.device), torch.cuda.stream(self._own_stream()):
                 torch.cuda.synchronize(self.device)
-                for step, context in zip(self._steps, lane.contexts, strict=True):
-                    step(environment, context)
+                environment = self._run.run_all(inputs, lane)
                 torch.cuda.synchronize(self.device)
             return environment
         finally:
@@ -213,8 +205,7 @@ class RunningProgram:
     @property
     def workspace_bytes(self) -> int:
         """Scratch memory that one call needs on the device, in bytes."""
-        sizes = [executable.workspace_bytes for executable in self._executables if executable is not None]
-        return max(sizes, default=0) if self._share_workspace else sum(sizes)
+        return self._make_lane.workspace_bytes
 
     def counters(self) -> Mapping[str, int]:
         """What happened since it was loaded and what there is now, for `stats.Stats`, which tells what each means."""
@@ -233,31 +224,6 @@ class RunningProgram:
         }
 
     # Parts
-
-    def _run(self, inputs: Sequence[torch.Tensor], lane: Lane) -> list[torch.Tensor]:
-        """A plain call on torch's current stream."""
-        mark = current_mark()
-        if mark is None:
-            return self._run_steps(inputs, self._steps, lane)
-        with mark(self._title):
-            marked = [mark.around(step, name) for step, name in zip(self._steps, self._names, strict=True)]
-            return self._run_steps(inputs, marked, lane)
-
-    @torch.no_grad()
-    def _run_steps(self, inputs: Sequence[torch.Tensor], steps: Sequence[RunStep], lane: Lane) -> list[torch.Tensor]:
-        environment: Environment = dict(zip(self._inputs, inputs, strict=True))
-        environment.update(self._constants)
-        for step, context, dead in zip(steps, lane.contexts, self._dead_after, strict=True):
-            step(environment, context)
-            for name in dead:
-                del environment[name]
-        given = {tensor.data_ptr() for tensor in [*inputs, *self._constants.values()]}
-        results = []
-        for name, dtype in self._outputs:
-            tensor = environment[name].to(dtype)
-            # A result that only forwards an input or a constant is a copy, so that the caller may write to it.
-            results.append(tensor.clone() if tensor.numel() and tensor.data_ptr() in given else tensor)
-        return results
 
     def _run_in_lane(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         lane = self._lanes.take()
@@ -299,14 +265,6 @@ class RunningProgram:
 
         return run
 
-    def _make_lane(self) -> Lane:
-        return Lane(self._executables, self.device, self._make_workspace())
-
-    def _make_workspace(self) -> torch.Tensor | None:
-        if not self._share_workspace or not self.workspace_bytes:
-            return None
-        return torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
-
     def _make_graphs(self, problem: str, options: RuntimeOptions) -> tuple[GraphCache | None, str]:
         """The graphs of this program, or None and why there are none; `problem` is the program's own reason."""
         if self.device.type != "cuda":
@@ -315,15 +273,7 @@ class RunningProgram:
             return None, "cuda_graphs=False"
         if problem:
             return None, problem
-        shared: list[torch.Tensor | None] = []  # made with the first graph
-
-        def make_lane() -> Lane:
-            if not shared:
-                shared.append(self._make_workspace())
-                capturer.order.memory = shared[0]
-            return Lane(self._executables, self.device, shared[0])
-
-        capturer = Capturer(self._run, make_lane, self.device)
+        capturer = Capturer(self._run, self._make_lane, self.device)
         measure = options.cuda_graphs == "auto"
         return GraphCache(capturer, options.max_graphs, measure, not options.reuse_outputs), ""
 

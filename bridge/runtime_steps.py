@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,9 +14,11 @@ from ..plugins.program import OP as RUN_PROGRAM
 from ..plugins.program import ops_of
 from ..plugins.registry import call_op, find_op, stays_out_of_graphs
 from ..plugins.sizes import names_in
+from .annotation import current_mark
 from .backends.base import Context, Engine
 from .dims import Range
 from .dtypes import to_torch
+from .lanes import Lane
 from .plan import PluginCall
 from .program import EngineStep, Program
 
@@ -29,19 +31,19 @@ RunStep = Callable[[Environment, Context | None], None]
 
 def require_ops(program: Program) -> None:
     """See that every plugin op between engines is registered; those inside say so themselves when they are loaded."""
-    missing: dict[str, PluginError] = {}
+    missing: set[str] = set()
     for call in program.plugin_calls:
         try:
             find_op(call.op)
-        except PluginError as error:
-            missing[call.op] = error
+        except PluginError:
+            missing.add(call.op)
     if len(missing) > 1:
         raise PluginError(
             f"The program needs plugin ops that are not registered in this process: {', '.join(sorted(missing))}. "
             "Import the Python modules that register them before loading it."
         )
-    for only in missing.values():
-        raise only
+    for only in missing:
+        find_op(only)  # raises again
 
 
 def engine_step(engine: Engine) -> RunStep:
@@ -105,6 +107,60 @@ def plugin_step(step: PluginCall, device: torch.device, dims: Mapping[str, Range
                 )
 
     return run
+
+
+class StepRunner:
+    """Plain calls of a program, on torch's current stream.
+
+    Args:
+        program: whose steps these are.
+        steps: in order.
+        constants: of the program, on the device; changed in place they are seen by the next call.
+    """
+
+    def __init__(self, program: Program, steps: Sequence[RunStep], constants: Mapping[str, torch.Tensor]) -> None:
+        self.inputs = [spec.name for spec in program.signature.inputs]
+        self.constants = constants
+        self._steps = steps
+        self._outputs = [
+            (program.aliases.get(spec.name, spec.name), to_torch(spec.dtype)) for spec in program.signature.outputs
+        ]
+        self._dead_after = last_uses(program)
+        self._names = [step.name if isinstance(step, EngineStep) else f"plugin {step.op}" for step in program.steps]
+        self._title = program.source or "program"
+
+    def __call__(self, inputs: Sequence[torch.Tensor], lane: Lane) -> list[torch.Tensor]:
+        """Fresh results for tensors that fit the signature."""
+        mark = current_mark()
+        if mark is None:
+            return self._run(inputs, self._steps, lane)
+        with mark(self._title):
+            marked = [mark.around(step, name) for step, name in zip(self._steps, self._names, strict=True)]
+            return self._run(inputs, marked, lane)
+
+    def run_all(self, inputs: Sequence[torch.Tensor], lane: Lane) -> Environment:
+        """Every tensor that crosses from one step to the next, by name."""
+        environment: Environment = dict(zip(self.inputs, inputs, strict=True))
+        environment.update(self.constants)
+        for step, context in zip(self._steps, lane.contexts, strict=True):
+            step(environment, context)
+        return environment
+
+    @torch.no_grad()
+    def _run(self, inputs: Sequence[torch.Tensor], steps: Sequence[RunStep], lane: Lane) -> list[torch.Tensor]:
+        environment: Environment = dict(zip(self.inputs, inputs, strict=True))
+        environment.update(self.constants)
+        for step, context, dead in zip(steps, lane.contexts, self._dead_after, strict=True):
+            step(environment, context)
+            for name in dead:
+                del environment[name]
+        given = {tensor.data_ptr() for tensor in [*inputs, *self.constants.values()]}
+        results = []
+        for name, dtype in self._outputs:
+            tensor = environment[name].to(dtype)
+            # A result that only forwards an input or a constant is a copy, so that the caller may write to it.
+            results.append(tensor.clone() if tensor.numel() and tensor.data_ptr() in given else tensor)
+        return results
 
 
 def last_uses(program: Program) -> list[list[str]]:

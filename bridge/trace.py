@@ -103,16 +103,19 @@ def trace_module(
 
     def trace_somehow() -> torch.export.ExportedProgram:
         refusal: Exception | None = None
-        while True:
-            try:
-                return trace_both(contextlib.nullcontext())
-            except TracedOtherwiseError as error:
-                words = _explain_trace(refusal or error, name, arguments)
-                raise type(words)(f"{words}\n{error}") from refusal
-            except Exception as error:
-                refusal = error
-                if not _make_opaque(opaque, model, arguments, trace_both):
-                    raise _explain_trace(error, name, arguments) from error
+        try:
+            while True:
+                try:
+                    return trace_both(contextlib.nullcontext())
+                except TracedOtherwiseError as error:
+                    words = _explain_trace(refusal or error, name, arguments)
+                    raise type(words)(f"{words}\n{error}") from refusal
+                except Exception as error:
+                    refusal = error
+                    if not _make_opaque(opaque, model, arguments, trace_both):
+                        raise _explain_trace(error, name, arguments) from error
+        finally:
+            del refusal  # it knows this frame, and with it the module: no cycle of the two is left behind
 
     program = trace_somehow()
     drop_truth_checks(program)

@@ -84,7 +84,7 @@ class DerivedFake:
         Raises:
             PluginError: the function does not run on fake tensors, and what it returns cannot be told either.
         """
-        stopped: Exception | None = None
+        stopped = ""
         for function in self.functions:
             try:
                 with _WithoutData():
@@ -94,7 +94,8 @@ class DerivedFake:
                 torch._subclasses.fake_tensor.UnsupportedOperatorException,  # it calls an op that has no fake kernel
                 ImportError,  # it imports its kernels when called, and this machine has no Triton
             ) as error:
-                stopped = error
+                # In words: the error itself would keep the frames that led here, and what is converted with them.
+                stopped = f"{type(error).__name__.strip('_')}: {error}"
             except (
                 torch._subclasses.fake_tensor.DataDependentOutputException,
                 torch._subclasses.fake_tensor.DynamicOutputShapeException,
@@ -111,12 +112,12 @@ class DerivedFake:
                 ) from error
         return self._guess(stopped, args, kwargs)
 
-    def _guess(self, stopped: Exception | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _guess(self, stopped: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         schema = _schema(self.name)
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
         if first is None or any(str(result.type) != "Tensor" for result in schema.returns):
-            why = f"it needs real data ({type(stopped).__name__.strip('_')}: {stopped})"
-            raise self._error(f"{why}, and its outputs cannot all be like its first tensor argument") from stopped
+            why = f"it needs real data ({stopped})"
+            raise self._error(f"{why}, and its outputs cannot all be like its first tensor argument")
         self.guessed = True
         made = tuple(torch.empty_like(first, memory_format=torch.contiguous_format) for _ in schema.returns)
         return made[0] if len(made) == 1 else made

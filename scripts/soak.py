@@ -5,15 +5,17 @@
 Threads call shared modules with shapes at random, bind, copy, save, load and (where the package can) refit them, and
 provoke failures: bad shapes, wrong dtypes, a plugin that fails, files that are damaged, a save killed midway, a disk
 that is full, a cache that is damaged. Every result of every good call is compared with eager PyTorch's. At the end: how
-each provoked failure ended, wrong results, litter, and memory before and after.
+each provoked failure ended, wrong results, litter, memory before and after, and modules that outlive their owners.
 
 On a GPU the backend is TensorRT-RTX and modules have CUDA graphs or none by chance; elsewhere ONNX Runtime on the CPU.
-Exit status: 0 all was right, 1 a result was wrong, something ended in another way than it should, or files were left.
+Exit status: 0 all was right, 1 a result was wrong, something ended in another way than it should, or files or modules
+were left.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import sys
@@ -27,7 +29,7 @@ from typing import Any
 
 import soak_actions
 import soak_failures
-from soak_actions import Soak, WrongError, memory
+from soak_actions import Soak, WrongError, living, memory
 
 WARM_UP_S = 10.0
 """Before memory is looked at for the first time."""
@@ -71,6 +73,7 @@ def run(minutes: float, threads: int, seed: int, work: Path) -> dict[str, Any]:
         The summary, JSON-ready.
     """
     soak = Soak(work, seed)
+    gc.collect()  # what torch imports in a first conversion leaves frames in cycles, and with them its module
     print(f"soak: {soak.describe()}", flush=True)
     started = time.monotonic()
     deadline = started + 60 * minutes
@@ -93,13 +96,19 @@ def run(minutes: float, threads: int, seed: int, work: Path) -> dict[str, Any]:
     seconds = time.monotonic() - started
     leftovers = soak_failures.litter(soak)
     after = memory()
+    gc.collect()
+    collected = memory()
+    shared = len(soak.pool)
+    soak.pool.clear()
+    left = living()
     tally: dict[str, dict[str, int]] = {}
     for (name, outcome), count in sorted(soak.tally.items()):
         tally.setdefault(name, {})[outcome] = count
     return {
         "backend": soak.backend, "seconds": round(seconds, 1), "threads": threads, "calls": soak.calls,
         "endings": tally, "wrong": soak.wrong, "unexpected": soak.unexpected, "litter": leftovers,
-        "memory_before": before, "memory_after": after, "memory": samples, "notes": soak.notes,
+        "memory_before": before, "memory_after": after, "memory_collected": collected, "memory_dropped": memory(),
+        "memory": samples, "shared": shared, "left": left, "notes": soak.notes,
     }  # fmt: skip
 
 
@@ -119,8 +128,15 @@ def render(found: dict[str, Any]) -> str:
         lines.append(f"{title}: {len(found[key])}")
         lines += [f"  {count} x {words}" for words, count in counts.most_common(20)]
     for name, value in found["memory_after"].items():
-        begin = found["memory_before"].get(name, 0)
-        lines.append(f"memory, {name}: {begin / 2**20:.1f} MiB after the warm-up, {value / 2**20:.1f} MiB at the end")
+        begin, collected, dropped = (
+            found[key].get(name, 0) / 2**20 for key in ("memory_before", "memory_collected", "memory_dropped")
+        )
+        lines.append(
+            f"memory, {name}: {begin:.1f} MiB after the warm-up, {value / 2**20:.1f} MiB at the end, "
+            f"{collected:.1f} MiB after a garbage collection, {dropped:.1f} MiB without the {found['shared']} modules "
+            "that threads shared"
+        )
+    lines.append(f"modules that nobody has and that are there: {found['left']}")
     return "\n".join(lines)
 
 
@@ -141,7 +157,7 @@ def main() -> int:
     print(render(found), flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return int(bool(found["wrong"] or found["unexpected"] or found["litter"]))
+    return int(bool(found["wrong"] or found["unexpected"] or found["litter"] or found["left"]))
 
 
 if __name__ == "__main__":

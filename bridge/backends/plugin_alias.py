@@ -32,7 +32,7 @@ def load_alias(name: str, library: Path) -> None:
     """
     with library.open("rb") as file:
         content = alias_library(name, library.name, file.read(_HEADER))
-    last = OSError(f"there is no folder to load {name} from")
+    last = f"there is no folder to load {name} from"
     for folder in (tempfile.gettempdir(), "/dev/shm", "/var/tmp"):
         try:
             with tempfile.TemporaryDirectory(prefix="trtbridge-", dir=folder) as place:
@@ -41,8 +41,8 @@ def load_alias(name: str, library: Path) -> None:
                 ctypes.CDLL(str(alias))  # stays loaded; the file is not needed any more
                 return
         except OSError as error:
-            last = error
-    raise last
+            last = str(error)
+    raise OSError(last)
 
 
 def alias_library(name: str, needed: str, header: bytes) -> bytes:

@@ -59,11 +59,11 @@ def require_library(flavour: Flavour) -> None:
         ctypes.CDLL(_NAME)
         return
     except OSError as error:
-        missing = error
+        missing = str(error)
     versions = sorted(libraries.glob(f"{_NAME}.*"))
     try:
         if not versions:
-            raise missing
+            raise OSError(missing)
         load_alias(_NAME, versions[0])
         ctypes.CDLL(_NAME)
     except OSError as error:

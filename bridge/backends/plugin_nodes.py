@@ -126,14 +126,14 @@ def require_ops(plugins: list[dict[str, Any]]) -> None:
     Raises:
         PluginError: some are not; all of them are named.
     """
-    missing: dict[str, PluginError] = {}
+    missing: dict[str, None] = {}
     for plugin in plugins:
         try:
             find_op(plugin["op"])
-        except PluginError as error:
-            missing[plugin["op"]] = error
+        except PluginError:
+            missing[plugin["op"]] = None
     if len(missing) == 1:
-        raise next(iter(missing.values()))
+        find_op(next(iter(missing)))  # raises again
     if missing:
         raise PluginError(
             f"{len(missing)} plugin ops of this engine are not registered in this process: {', '.join(missing)}. "

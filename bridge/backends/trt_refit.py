@@ -85,7 +85,10 @@ def refit_plan(
         runtime = trt.Runtime(logger)
         loaded = runtime.deserialize_cuda_engine(engine.parts[_PLAN_PART])
         if host is not None and (failure := host.take_failure()) is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # or it would keep this frame, and the frame it
         if loaded is None:
             raise BackendError(
                 f"{flavour.title} {trt.__version__} cannot load this engine on {torch.cuda.get_device_name(device)}: "

@@ -185,8 +185,8 @@ class _Context:
         self._shapes = ()
         self._forget_addresses()
         _raise_failure(self._host)
-        if self._sized is not None and self._sized.failure is not None:
-            raise self._sized.failure
+        if self._sized is not None:
+            self._sized.raise_failure()
         raise ExecutionError(
             f"TensorRT failed to run the engine on inputs of shapes {[tuple(shape) for shape in shapes]}; "
             "its own words are on standard error."
@@ -258,9 +258,12 @@ def _raise_failure(host: PluginHost | None) -> None:
     failure = host.take_failure() if host is not None else None
     if failure is None:
         return
-    if isinstance(failure, TrtBridgeError) or not isinstance(failure, Exception):
-        raise failure
-    raise ExecutionError(
-        f"A plugin inside the engine failed: {type(failure).__name__}: {failure}. Above is where; convert with "
-        'plugin_host="segments" to run it outside the engine.'
-    ) from failure
+    try:
+        if isinstance(failure, TrtBridgeError) or not isinstance(failure, Exception):
+            raise failure
+        raise ExecutionError(
+            f"A plugin inside the engine failed: {type(failure).__name__}: {failure}. Above is where; convert with "
+            'plugin_host="segments" to run it outside the engine.'
+        ) from failure
+    finally:
+        del failure  # or it would keep this frame, and the frame it: memory until the garbage collector comes by

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import pytest
 import torch
 
 import trtbridge as tb
-from trtbridge.bridge.lanes import Lane, LanePool
+from trtbridge.bridge.lanes import Lane, LanePool, StreamOrder
 
 CPU = torch.device("cpu")
 
@@ -188,3 +189,50 @@ def test_exclusive_replaces_an_engine_under_calls() -> None:
             future.result()
     torch.testing.assert_close(module(x), new)
     assert all(torch.equal(y, old) or torch.equal(y, new) for y in seen)
+
+
+def test_memory_belongs_to_a_stream_as_long_as_it_works_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With streams that are numbers."""
+    log: list[tuple[Any, ...]] = []
+    current = [1]
+
+    class Event:
+        def record(self, stream: int) -> None:
+            log.append(("done on", stream))
+
+        def synchronize(self) -> None:
+            log.append(("host waits",))
+
+    class Memory:
+        def record_stream(self, stream: int) -> None:
+            log.append(("in use on", stream))
+
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(current[0], log))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: current[0], raising=False)
+    order = StreamOrder(torch.device("cuda", 0), cast(Any, Memory()))
+    for stream in (1, 1, 2):
+        current[0] = stream
+        order.enter()
+        order.leave()
+    order.wait()
+    capturing[0] = True
+    order.wait()
+    assert log == [
+        ("in use on", 1), ("done on", 1), ("done on", 1),
+        (2, "waits"), ("in use on", 2), ("done on", 2), ("host waits",),
+    ]  # fmt: skip
+
+
+class _Stream(int):
+    log: list[tuple[Any, ...]]
+
+    def __new__(cls, number: int, log: list[tuple[Any, ...]]) -> _Stream:
+        made = super().__new__(cls, number)
+        made.log = log
+        return made
+
+    def wait_event(self, event: object) -> None:
+        self.log.append((int(self), "waits"))

@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -429,3 +430,67 @@ def test_a_copy_has_graphs_of_its_own(make: Make, eager: Net, cuda: torch.device
     gc.collect()
     for _ in range(3):
         close(copied(*given), eager, given)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "own"])
+def test_a_dropped_module_frees_its_memory_at_once(make: Make, eager: Net, cuda: torch.device, share: bool) -> None:
+    """Without the garbage collector. The first of the two lives is for what libraries keep for good."""
+    side = torch.cuda.Stream()  # one for both: cuBLAS keeps memory for each stream that eager runs on
+
+    def live() -> list[weakref.ref[Any]]:
+        module = make(cuda_graphs=True, share_workspace=share)
+        for turn in range(3):
+            for batch in (1, 4):
+                given = arguments(batch, cuda, turn)
+                close(module(*given), eager, given)
+        assert module.stats().captured_graphs == 2
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            close(make(cuda_graphs=False, share_workspace=share)(*given), eager, given)
+            close(module(*given), eager, given)
+        side.synchronize()
+        with pytest.raises(tb.InputError):
+            module(*arguments(65, cuda))
+        bound = arguments(4, cuda)
+        call = module.bind(*bound)
+        close(call(), eager, bound)
+        running = module._running
+        assert running is not None
+        found = [weakref.ref(module), weakref.ref(running), *map(weakref.ref, running._lanes._idle)]
+        del module, running
+        assert all(ref() is not None for ref in found), "the bound call keeps it"
+        close(call(), eager, bound)
+        return found
+
+    gc.collect()
+    torch.cuda.synchronize()
+    gc.disable()
+    try:
+        for _ in range(2):
+            before = torch.cuda.memory_allocated()
+            found = live()
+            assert [ref() for ref in found] == [None] * len(found)
+            torch.cuda.synchronize()
+            after = torch.cuda.memory_allocated()
+        assert after == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=str)
+def test_a_module_may_go_right_after_a_call(make: Make, eager: Net, cuda: torch.device, mode: bool) -> None:
+    given = arguments(64, cuda)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    module = make(cuda_graphs=mode)
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            module(*given)
+        torch.cuda._sleep(SLEEP_CYCLES)
+        result = module(*given)
+        assert not side.query(), "its kernels are still to run"
+        del module
+    noise = [torch.full((1 << 20,), float("nan"), device=cuda) for _ in range(8)]  # over what it has freed
+    side.synchronize()
+    assert all(bool(tensor.isnan().all()) for tensor in noise), "nothing of it writes any more"
+    close(result, eager, given)

@@ -40,6 +40,7 @@ def test_a_few_seconds(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["wrong"] == found["unexpected"] == [], done.stdout + done.stderr
     assert found["calls"] > 0
+    assert found["left"] == 0, "modules are freed without the garbage collector"
     assert done.returncode == int(bool(found["litter"]))
     assert "wrong results: 0" in done.stdout
 
