@@ -242,3 +242,50 @@ def test_sums_of_sums(backend: str, device: torch.device) -> None:
     x = torch.randn(2, 16, 4, 4, device=device)
     found = tb.convert(Sinkhorn(), (x,), backend=backend)(x)
     torch.testing.assert_close(found, Sinkhorn()(x), rtol=1e-4, atol=1e-5)
+
+
+class Queries(torch.nn.Module):
+    """Learned queries beside tokens behind attention (Grounding DINO): each image got the tokens of the first two.
+
+    The compiler keeps the tokens as (sequence, batch), and reads token t of any image at place t.
+    """
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form = form
+        self.embed = torch.nn.Embedding(100, 64)
+        self.attention = torch.nn.MultiheadAttention(64, 4, batch_first=True)
+        self.norm, self.project, self.last = torch.nn.LayerNorm(64), torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)
+        self.queries = torch.nn.Parameter(torch.randn(20, 64))
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.embed(ids)
+        tokens = self.project(self.norm(x + self.attention(x, x, x, need_weights=False)[0]))
+        queries = self.queries.unsqueeze(0).repeat(2, 1, 1)
+        if self.form == "as written":
+            scores = queries @ tokens.transpose(-1, -2)
+        elif self.form == "turned":
+            scores = (tokens @ queries.transpose(-1, -2)).transpose(-1, -2)
+        else:  # with one more axis
+            scores = (queries[:, None] @ tokens[:, None].transpose(-1, -2))[:, 0]
+        return scores.masked_fill(ids[:, None, :] == 0, float("-inf")), self.last(tokens)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param("as written", marks=pytest.mark.xfail(reason="not worked round yet", strict=False)),
+        "turned",
+        "lifted",
+    ],
+)
+def test_learned_queries_behind_attention(form: str, backend: str, device: torch.device) -> None:
+    module = Queries(form).eval().to(device)
+    ids = torch.randint(1, 100, (2, 16), device=device)
+    converted = tb.convert(module, (ids,), backend=backend)
+    for _ in range(3):
+        ids = torch.randint(1, 100, (2, 16), device=device)
+        with torch.no_grad():
+            for got, expected in zip(converted(ids), module(ids), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
