@@ -25,7 +25,7 @@ class FuseBatchNorm(Pass):
 
     With s = scale / sqrt(var + epsilon): w' = w * s for each channel that comes out, b' = (b - mean) * s + bias
     (Jacob et al. 2018, arXiv:1712.05877, section 3.2). The result differs by rounding, about 1e-6 of the largest output
-    in float32. TensorRT-RTX leaves the norm in a kernel's last step: ResNet-50 is 12 % faster without it
+    in float32. TensorRT-RTX leaves the norm in a kernel's last step: ResNet-50 takes 11 % longer with it
     (docs/bench-passes.md). Behind a convolution that adds a bias anyway nothing is won, and a weight that others read
     as well would be there twice, so those stay.
 
