@@ -240,9 +240,10 @@ class Options(RuntimeOptions):
 
     @property
     def pipeline(self) -> Pipeline:
-        """The passes that run: a batch norm that `keep_fp32` may name is still there for it."""
-        folds = self.keep_fp32 and any(isinstance(item, FuseBatchNorm) for item in self.passes.passes)
-        return self.passes.without(FuseBatchNorm) if folds else self.passes
+        """The passes that run: with `keep_fp32`, which may name batch norms, without the default's fold of them."""
+        if not self.keep_fp32:
+            return self.passes
+        return Pipeline(tuple(item for item in self.passes.passes if item != FuseBatchNorm()))
 
     @property
     def can_be_refitted(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ..errors import UnsupportedOpError
 from .backends.base import Segment
 from .dims import Range
 from .model import Origin, Signature, TensorSpec
@@ -120,3 +121,18 @@ def with_recipes(plan: Plan, recipes: Recipes) -> Plan:
         for step in plan.steps
     ]
     return dataclasses.replace(plan, steps=tuple(steps), recipes=kept)
+
+
+def require_inside(plan: Plan, backend: str) -> None:
+    """See that all plugins of a plan are inside its engines.
+
+    Raises:
+        UnsupportedOpError: some are not; each is named, with what is in the way.
+    """
+    outside = plan.plugin_calls
+    if outside:
+        lines = "\n".join(f"  {call.op} from {call.origin}: {call.host_refusal}" for call in outside)
+        raise UnsupportedOpError(
+            f'plugin_host="engine", but {backend} cannot hold {len(outside)} plugin(s) inside an engine:\n{lines}\n'
+            'Use plugin_host="auto" to run these between engines.'
+        )

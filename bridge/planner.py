@@ -35,7 +35,7 @@ from .halving import find_culprit
 from .model import OnnxModel, iterate_nodes, origin_of
 from .options import Options
 from .partition import partition
-from .plan import Plan, with_recipes
+from .plan import Plan, require_inside, with_recipes
 from .precision import PrecisionReport, Refused, convert_precision, sixteen_bit_nodes, with_opset
 from .precision_request import Measurements
 from .program import Program
@@ -177,7 +177,7 @@ class Planner:
                 plan = partition(model, None if self.options.plugin_host == "segments" else self.backend, self.outside)
                 plan = plan if recipes is None else with_recipes(plan, recipes)
                 if self.options.plugin_host == "engine":
-                    _require_inside(plan, self.backend.name)
+                    require_inside(plan, self.backend.name)
             self._made = (self._state(), plan)
             return plan
 
@@ -255,7 +255,8 @@ class Planner:
             if len(others) < len(refusals):
                 return True  # what else was refused comes again
         # An Attention node is better written in parts than kept in float32.
-        if self._learn_precision({refusal.node for refusal in refusals if refusal.op_type != "Attention"}):
+        wide = {refusal.node for refusal in refusals if refusal.op_type != "Attention"}
+        if self.refused.learn(wide, self._half, self._quantized, title):
             return True
         count = len(refusals)
         if self._rewritten is not None:
@@ -298,20 +299,6 @@ class Planner:
             logger.info("node %s becomes a plugin: %s", name, reason)
         self.nodes |= new
         return bool(new) or progress
-
-    def _learn_precision(self, nodes: set[str]) -> bool:
-        """Let nodes be wider that are refused; first no longer over 8 bits, then no longer in 16."""
-        title, refused = self.backend.name, self.refused
-        over = {product for name in nodes for product in self._quantized.get(name, ())} - refused.quantized
-        if over:
-            logger.info("%s refuses %s over 8 bits", title, ", ".join(sorted(over)))
-            refused.quantized |= over
-            return True
-        in_half = nodes & self._half - refused.half
-        if in_half:
-            logger.info("%s refuses %s in 16 bits: float32 comes next", title, ", ".join(sorted(in_half)))
-            refused.half |= in_half
-        return bool(in_half)
 
     def _can_run_alone(self, name: str) -> bool:
         """Whether ONNX or ONNX Runtime know the op of a node."""
@@ -361,7 +348,7 @@ class Planner:
                 except PassError as error:
                     raise UnsupportedOpError(f"{error} Refused were: {self.nodes}") from error
             self._nodes = [*iterate_nodes(model.proto.graph)]
-            self._opset = next((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), None)
+            self._opset = opset_of(model.proto) or None
             return with_bounds(model, self.options, self._example_sizes())
 
     def _example_sizes(self) -> Mapping[str, int]:
@@ -410,13 +397,3 @@ class Planner:
             except (TrtBridgeError, PluginError) as inner:
                 logger.info("halving %s fails: %s", segment.name, inner)
                 return []
-
-
-def _require_inside(plan: Plan, backend: str) -> None:
-    outside = plan.plugin_calls
-    if outside:
-        lines = "\n".join(f"  {call.op} from {call.origin}: {call.host_refusal}" for call in outside)
-        raise UnsupportedOpError(
-            f'plugin_host="engine", but {backend} cannot hold {len(outside)} plugin(s) inside an engine:\n{lines}\n'
-            'Use plugin_host="auto" to run these between engines.'
-        )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import onnx
@@ -54,6 +55,31 @@ class Refused:
 
     half: set[str] = field(default_factory=set)
     quantized: set[str] = field(default_factory=set)
+
+    def learn(
+        self, nodes: AbstractSet[str], in_half: AbstractSet[str], in_eight: Mapping[str, Iterable[str]], backend: str
+    ) -> bool:
+        """Let nodes be wider that are refused; first no longer over 8 bits, then no longer in 16.
+
+        Args:
+            nodes: names of those that are refused.
+            in_half: nodes that work in 16 bits by the precision asked for.
+            in_eight: products over 8 bits, and Q/DQ nodes ahead of them, with the products that they are about.
+            backend: its name, for the log.
+
+        Returns:
+            Whether any of them was not known.
+        """
+        over = {product for name in nodes for product in in_eight.get(name, ())} - self.quantized
+        if over:
+            logger.info("%s refuses %s over 8 bits", backend, ", ".join(sorted(over)))
+            self.quantized |= over
+            return True
+        half = nodes & in_half - self.half
+        if half:
+            logger.info("%s refuses %s in 16 bits: float32 comes next", backend, ", ".join(sorted(half)))
+            self.half |= half
+        return bool(half)
 
 
 def with_opset(source: ExportedModule | OnnxModel, options: Options) -> ExportedModule | OnnxModel:

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ExecutionError, PluginError, TrtBridgeError
 from ..nodes import ONNX_NODE_OP
-from ..plugins.calls import decode
+from ..plugins.calls import texts
 from ..plugins.program import OP as RUN_PROGRAM
 from ..plugins.program import ops_of
 from ..plugins.registry import call_op, find_op, stays_out_of_graphs
@@ -203,6 +203,4 @@ def _ops_of(step: EngineStep | PluginCall) -> set[str]:
         return {plugin["op"] for plugin in step.engine.info.get("plugins", [])}
     if step.op != RUN_PROGRAM:
         return {step.op}
-    (text, _), _ = decode(step.call, [torch.empty(0)] * len(step.inputs), None)
-    own = {name.replace(".", "::", 1) for name in ops_of(text)}
-    return {name for name in own if not name.startswith(("aten::", "prims::"))}
+    return {op for program in texts(step.call) for op in ops_of(program)}

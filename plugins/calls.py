@@ -178,6 +178,11 @@ def written_inputs(template: str) -> list[int]:
     return list(_parsed(template).get("writes", ())) if '"writes":' in template else []
 
 
+def texts(template: str) -> list[str]:
+    """The positional arguments that are texts."""
+    return [part for part in _parsed(template)["args"] if isinstance(part, str)]
+
+
 def stated_results(template: str) -> list[tuple[list[Any], torch.dtype]] | None:
     """Shapes ("?" for a size that is not known) and dtypes of the results, of a function that cannot be traced."""
     stated = _parsed(template).get("results")

@@ -38,12 +38,13 @@ def _load(text: str) -> Callable[..., Any]:
 
 
 def ops_of(text: str) -> set[str]:
-    """The torch ops that a program calls, with those in the bodies of its conditions and loops."""
+    """The ops that a program calls, those in the bodies of its conditions and loops too, torch's own left out."""
     loaded = _load(text)
     assert isinstance(loaded, torch.nn.Module)
     graphs = [part.graph for part in loaded.modules() if isinstance(part, torch.fx.GraphModule)]
     targets = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
-    return {str(target) for target in targets if isinstance(target, torch._ops.OpOverload)}
+    names = {str(target).replace(".", "::", 1) for target in targets if isinstance(target, torch._ops.OpOverload)}
+    return {name for name in names if not name.startswith(("aten::", "prims::"))}
 
 
 def _takes_check_guards() -> bool:

@@ -262,6 +262,7 @@ def test_an_op_whose_python_code_must_run_each_time() -> None:
     looped = _program(Looped())
     assert [call.op for call in looped.plugin_calls] == ["trtbridge::run_program.default"]
     assert "cuda_graph_tests::counted.default says that no CUDA graph may hold it" in capture_problem(looped)
+
     program = _program(Counted())
     assert "cuda_graph_tests::counted.default says that no CUDA graph may hold it" in capture_problem(program)
     engine = dataclasses.replace(

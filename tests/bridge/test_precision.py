@@ -30,6 +30,7 @@ from trtbridge.bridge.options import Options
 from trtbridge.bridge.planner import Planner
 from trtbridge.bridge.precision import NodeView, PrecisionReport, convert_precision, kept_by_user
 from trtbridge.errors import OptionError
+from trtbridge.passes import FoldShapes, FuseBatchNorm
 
 
 def _planner(model: Any, args: tuple[Any, ...] = (), backend: str = "onnxruntime", **options: Any) -> Planner:
@@ -284,6 +285,22 @@ def test_keep_fp32_is_kept_and_reported():
     narrow = {name for name, weight in segment.weights.items() if weight.dtype.name == "FLOAT16"}
     assert narrow
     assert len(narrow) < len(segment.weights)
+
+
+def test_a_batch_norm_that_is_named_is_not_folded():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    args = (torch.randn(2, 3, 8, 8),)
+    ops = [n.op_type for n in _planner(model, args, precision="fp16").plan().segments[0].proto.graph.node]
+    assert "BatchNormalization" not in ops
+    for entry in ("1", "BatchNormalization"):
+        planner = _planner(model, args, precision="fp16", keep_fp32=entry)
+        assert [node.op_type for node in _report(planner).kept] == ["BatchNormalization"]
+    everywhere = FuseBatchNorm(everywhere=True)
+    passes = tb.DEFAULT.insert(everywhere, after=FoldShapes)
+    asked = Options.make({"precision": "fp16", "keep_fp32": "Relu", "passes": passes})
+    assert everywhere in asked.pipeline.passes, "what a user adds is not left out"
+    assert FuseBatchNorm() not in asked.pipeline.passes
 
 
 @pytest.mark.parametrize(

@@ -402,13 +402,17 @@ def test_what_the_builder_refuses_over_8_bits_is_left_as_it_is(monkeypatch):
         model, args, None, None, backend, Options.make({"precision": "int8+fp16", "calibration": [args]})
     )
     planner.plan()
+
+    def learns(node: str) -> bool:
+        return planner.refused.learn({node}, planner._half, planner._quantized, backend.name)
+
     (segment,) = planner.plan().segments
     pair = next(n for n in segment.proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0].startswith("x"))
     conv = next(n.name for n in segment.proto.graph.node if n.op_type == "Conv" and "stem" in origin_of(n).module)
-    assert planner._learn_precision({pair.name})
+    assert learns(pair.name)
     assert planner.refused.quantized == {conv}
     planner.plan()
     assert [n.reason for n in planner.precision.unquantized] == ["the backend refuses it over int8"]
-    assert planner._learn_precision({conv})
+    assert learns(conv)
     assert planner.refused.half == {conv}
-    assert not planner._learn_precision({conv})
+    assert not learns(conv)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trtbridge.errors import PluginError
-from trtbridge.plugins.calls import decode, encode, encode_tensors, reads_numbers
+from trtbridge.plugins.calls import decode, encode, encode_tensors, reads_numbers, texts
 from trtbridge.plugins.registry import call_op, find_op, node_type, op_name
 
 aten = torch.ops.aten
@@ -109,3 +109,8 @@ def test_arguments_without_a_json_form() -> None:
 def test_unknown_tags_are_named() -> None:
     with pytest.raises(PluginError, match="unknown tag 'quaternion'"):
         decode('{"args":[{"quaternion":0}],"kwargs":{}}', [X], X.device)
+
+
+def test_texts_are_read_without_the_tensors() -> None:
+    template = '{"args":["a program",[{"complex":0},{"int":1},{"sym":"s0"}],3],"kwargs":{},"symbols":{"s0":[0,2]}}'
+    assert texts(template) == ["a program"]
