@@ -135,10 +135,9 @@ class Workers:
                 self.environment = (ready or {}).get("ready", self.environment)
             answer = process.ask(f"{source}\t{name}", self._limit_s)
             if answer is None:
-                stage, words = (
-                    ("crash", process.last_words()) if process.dead else ("timeout", f"{self._limit_s:.0f} s")
-                )
-                process.kill()
+                has_died = process.dead
+                process.kill()  # waits for what it still has to say
+                stage, words = ("crash", process.last_words()) if has_died else ("timeout", f"{self._limit_s:.0f} s")
                 process = None
                 seconds = {"limit": round(time.monotonic() - started, 1)}
                 self._store(Outcome(source, name, self._backend, self._dtype, stage, words, seconds=seconds))
@@ -191,7 +190,7 @@ class _Process:
         return json.loads(line) if line else None
 
     def last_words(self) -> str:
-        """How it ended and what it wrote last."""
+        """How it ended and what it wrote last, once it was killed."""
         return f"exit status {self._process.poll()}: " + " | ".join(self._errors[-6:])[-800:]
 
     def kill(self) -> None:
