@@ -178,17 +178,18 @@ class _Search:
     def _graphs(self, given: OnnxModel) -> LocalizeReport:
         check_inputs(given.signature, self.reference.inputs, "the converted graph")
         if isinstance(self.source, OnnxModel):
-            return self._stages([("given graph", given)], self.source)
+            return self._stages([("given graph", given)], self.source, self.source)
         problems = self.source.plugin_problems(calls := _plugin_calls(given))
         export, _ = self.source.to_onnx({call: "" for call in calls if call not in problems})
-        return self._stages([("export", export), ("given graph", given)], None)
+        return self._stages([("export", export), ("given graph", given)], export, None)
 
-    def _stages(self, models: Sequence[tuple[str, OnnxModel]], before: OnnxModel | None) -> LocalizeReport:
+    def _stages(
+        self, models: Sequence[tuple[str, OnnxModel]], export: OnnxModel, before: OnnxModel | None
+    ) -> LocalizeReport:
         """Compare graphs in order, up to the first that is wrong."""
         stages: list[Stage] = []
-        first = models[0][1]
         for name, model in models:
-            check = self._check(name, model, first)
+            check = self._check(name, model, export)
             stage, suspect, repro = self._compare(check, before)
             stages.append(stage)
             if suspect is not None:
@@ -228,12 +229,12 @@ class _Search:
             plan = planner.plan()
         check_inputs(module.program.signature, self.reference.inputs, "the converted module")
         export = planner.models["export"]
-        report = self._stages([("export", export), ("passes", planner.models["passes"])], None)
+        report = self._stages([("export", export), ("passes", planner.models["passes"])], export, None)
         if report.suspect is not None and report.suspect.stage == "passes":
             report = self._by_pass(report, export)
         if report.suspect is None and "precision" in planner.models:
             name = f"precision {self.options.precision}"
-            more = self._stages([(name, planner.models["precision"])], planner.models["passes"])
+            more = self._stages([(name, planner.models["precision"])], export, planner.models["passes"])
             report = dataclasses.replace(more, stages=(*report.stages, *more.stages))
         if report.suspect is not None:
             return dataclasses.replace(report, builds=builds)
