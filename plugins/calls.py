@@ -127,37 +127,39 @@ def decode(
     data = _parsed(template)
     sizes = {name: tensors[index].shape[axis] for name, (index, axis) in data.get("symbols", {}).items()}
 
-    def one(part: Any) -> Any:
-        if isinstance(part, list):
-            return [one(entry) for entry in part]
-        if not isinstance(part, dict):
-            return part
-        ((tag, value),) = part.items()
-        match tag:
-            case "tensor":
-                return tensors[value]
-            case "complex":
-                return torch.view_as_complex(tensors[value].contiguous())
-            case "int" | "float" | "bool":
-                given: Any = tensors[value]  # while tracing a symbolic number may stand in the place of a tensor
-                return given.item() if isinstance(given, torch.Tensor) else given
-            case "sym":
-                return evaluate(value, sizes)
-            case "device":
-                return torch.device(value) if device is None else device
-            case "number":
-                return float(value)
-            case "complex_number":
-                return complex(float(value[0]), float(value[1]))
-            case "dict":
-                return {name: one(entry) for name, entry in value.items()}
-            case "dtype" | "layout" | "memory_format":
-                return getattr(torch, value)
-        raise PluginError(
-            f"A plugin node's template has the unknown tag {tag!r}: made by a newer version of trtbridge?"
-        )
+    values = [_decoded(arg, tensors, device, sizes) for arg in data["args"]]
+    return values, {name: _decoded(arg, tensors, device, sizes) for name, arg in data["kwargs"].items()}
 
-    return [one(arg) for arg in data["args"]], {name: one(arg) for name, arg in data["kwargs"].items()}
+
+def _decoded(part: Any, tensors: Sequence[torch.Tensor], device: torch.device | None, sizes: Mapping[str, Any]) -> Any:
+    # Not a function within `decode`: one that calls itself is a cycle of references, which would keep the tensors of
+    # each call until Python's garbage collector comes by.
+    if isinstance(part, list):
+        return [_decoded(entry, tensors, device, sizes) for entry in part]
+    if not isinstance(part, dict):
+        return part
+    ((tag, value),) = part.items()
+    match tag:
+        case "tensor":
+            return tensors[value]
+        case "complex":
+            return torch.view_as_complex(tensors[value].contiguous())
+        case "int" | "float" | "bool":
+            given: Any = tensors[value]  # while tracing a symbolic number may stand in the place of a tensor
+            return given.item() if isinstance(given, torch.Tensor) else given
+        case "sym":
+            return evaluate(value, sizes)
+        case "device":
+            return torch.device(value) if device is None else device
+        case "number":
+            return float(value)
+        case "complex_number":
+            return complex(float(value[0]), float(value[1]))
+        case "dict":
+            return {name: _decoded(entry, tensors, device, sizes) for name, entry in value.items()}
+        case "dtype" | "layout" | "memory_format":
+            return getattr(torch, value)
+    raise PluginError(f"A plugin node's template has the unknown tag {tag!r}: made by a newer version of trtbridge?")
 
 
 def flatten_results(result: Any) -> list[torch.Tensor]:

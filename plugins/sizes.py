@@ -93,24 +93,25 @@ def evaluate(expression: str, sizes: Mapping[str, Any]) -> Any:
         DynamicShapeError: the text is no size expression.
     """
 
-    def value(node: ast.expr) -> Any:
-        match node:
-            case ast.Constant(value=int() | float() as number):
-                return number
-            case ast.Name(id=name):
-                return sizes[name]
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return _BINARY[type(op)](value(left), value(right))
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -value(operand)
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _CALLS:
-                return _CALLS[name](*map(value, arguments))
-        raise DynamicShapeError(f"{expression!r} is not a shape expression that trtbridge can evaluate.")
-
     try:
-        return value(parse(expression))
+        return _value(parse(expression), expression, sizes)
     except SyntaxError as error:
         raise DynamicShapeError(f"{expression!r} is not a shape expression.") from error
+
+
+def _value(node: ast.expr, expression: str, sizes: Mapping[str, Any]) -> Any:
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            return number
+        case ast.Name(id=name):
+            return sizes[name]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _BINARY[type(op)](_value(left, expression, sizes), _value(right, expression, sizes))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, expression, sizes)
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _CALLS:
+            return _CALLS[name](*(_value(argument, expression, sizes) for argument in arguments))
+    raise DynamicShapeError(f"{expression!r} is not a shape expression that trtbridge can evaluate.")
 
 
 def names_in(expression: str) -> frozenset[str]:

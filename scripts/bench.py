@@ -19,6 +19,7 @@ take 1 to 2 minutes with 8 workers:
     life      4    convert, from the cache, from a file, refit, 2 models
     beside   20    eager, eager in a CUDA graph, torch.compile, 20 models at batch 1 and 32; that is with --inductor
                    reduce-overhead; with "max-autotune" as well (the default) 60 or more, so in several sessions
+    where     1    time by kinds of work, in the engine and in eager PyTorch, 2 models
     gpus      3    torchrun on one GPU and on two (a machine with two)
 
 On a GPU the backend is TensorRT-RTX; with TRTBRIDGE_GPU_TESTS_ON_CPU=1 everything is a dry run of small models with
@@ -38,7 +39,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench_common import DRY_RUN, ROOT, Row, Settings, read, run_child, say, stem, write
+from bench_common import DRY_RUN, ROOT, Row, Settings, alone, read, run_child, say, stem, write
 
 MINUTES_A_UNIT = 8.0
 
@@ -67,9 +68,10 @@ PARTS = (
     Part("threads", "bench_calls", "threads_wrong", "THREAD_MODELS"),
     Part("life", "bench_life", "life_wrong", "LIFE_MODELS"),
     Part("beside", "bench_beside", "wrong", ""),
+    Part("where", "bench_where", "where_wrong", "WHERE_MODELS"),
     Part("gpus", "bench_life", "gpus_wrong", ""),
 )
-CONVERTED = ("floor", "host", "shapes", "threads", "beside")
+CONVERTED = ("floor", "host", "shapes", "threads", "beside", "where")
 """Parts that begin with a converted model."""
 
 
@@ -110,7 +112,8 @@ def measure(part: str, unit: str, order: Path, out: Path) -> None:
 
     function = getattr(importlib.import_module(part_named(part).module), part)
     try:
-        keep(function(unit, settings, keep))
+        with alone():
+            keep(function(unit, settings, keep))
     except Exception as error:  # the words are the finding
         traceback.print_exc()
         keep([*kept, {"way": "", "failed": f"{type(error).__name__}: {error}"[:600]}])

@@ -9,10 +9,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "gpu")]
@@ -104,6 +107,17 @@ def run_child(command: Sequence[str], limit_s: float, threads: int = 0) -> str:
 
 
 # The clock
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other unit that was given the same file in TRTBRIDGE_BENCH_LOCK is at it; then it is locked.
+
+    So two runs may share a GPU: one imports what it needs while the other one measures.
+    """
+    path = os.environ.get("TRTBRIDGE_BENCH_LOCK")
+    with FileLock(path) if path else nullcontext():
+        yield
 
 
 def milliseconds(call: Call, calls: int) -> float:

@@ -13,6 +13,7 @@ _TITLES = {
     "floor": "A call beside the floor",
     "host": "What a call costs the host",
     "beside": "Beside PyTorch",
+    "where": "Where the time goes",
     "shapes": "Many shapes",
     "threads": "Many threads",
     "life": "Convert, cache, file, refit",
@@ -38,6 +39,11 @@ _WORDS = {
         "`max-autotune`, R: `reduce-overhead`). eager / ours and inductor / ours above 1: ours is faster; **below 1 "
         "the engine is slower**, in bold. Weights are random; cosine is that to eager in the same dtype."
     ),
+    "where": (
+        "Milliseconds a call by kinds of work: in the engine by its own profiler (`module.profile()`; what is fused "
+        "into a product or an attention counts there), in eager PyTorch by torch's (kernels alone, without what the "
+        "host takes). Both time one thing after the other, so sums are above what a call takes; *call* is a plain one."
+    ),
     "shapes": (
         "With `cuda_graphs=True`. *In turn*: eight batch sizes one after the other, round after round; the first call "
         "of a shape is a plain one, its second is captured, so captures end with the second round. *Random*: batch "
@@ -46,7 +52,8 @@ _WORDS = {
     ),
     "threads": (
         "Calls a second, all threads together, each on a stream of its own, batch 1; the number of calls is the same. "
-        "Cosine is the least of a round in which every result is compared with eager."
+        "Cosine is the least of a round in which every result is compared with eager; *other bits*: results that are "
+        "not bit by bit what the module gives alone."
     ),
     "life": (
         "Seconds until there is a module, and of its first call; size of the engines. Each alone on the machine. "
@@ -207,6 +214,15 @@ def _beside(rows: Sequence[Row]) -> list[str]:
     return table
 
 
+def _where(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        ratio = f"{row['eager_ms'] / row['ours_ms']:.2f}" if row["ours_ms"] else ""
+        times = [f"{row[name]:.3f}" for name in ("ours_ms", "eager_ms")]
+        lines.append([row["unit"], str(row["batch"]), row["kind"], *times, ratio, f"{row['call_ms']:.3f}"])
+    return _table(["model", "batch", "kind", "ours", "eager", "eager / ours", "call"], lines)
+
+
 def _shapes(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
@@ -224,8 +240,10 @@ def _shapes(rows: Sequence[Row]) -> list[str]:
 
 def _threads(rows: Sequence[Row]) -> list[str]:
     lines = [[row["unit"], str(row["cuda_graphs"]), row["way"], str(row["threads"]), f"{row['calls_per_s']:.0f}",
-              f"{row['ratio']:.3f}", f"{row['cosine']:.6f}"] for row in rows]  # fmt: skip
-    return _table(["model", "cuda_graphs", "", "threads", "calls a second", "beside one thread", "cosine"], lines)
+              f"{row['ratio']:.3f}", f"{row['cosine']:.6f}", f"{100 * row['differ']:.2f} %" if "differ" in row else ""]
+             for row in rows]  # fmt: skip
+    head = ["model", "cuda_graphs", "", "threads", "calls a second", "beside one thread", "cosine", "other bits"]
+    return _table(head, lines)
 
 
 def _life(rows: Sequence[Row]) -> list[str]:
@@ -245,8 +263,8 @@ def _gpus(rows: Sequence[Row]) -> list[str]:
 
 
 _TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
-    "floor": _floor, "host": _host, "beside": _beside, "shapes": _shapes, "threads": _threads, "life": _life,
-    "gpus": _gpus,
+    "floor": _floor, "host": _host, "beside": _beside, "where": _where, "shapes": _shapes, "threads": _threads,
+    "life": _life, "gpus": _gpus,
 }  # fmt: skip
 
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 import trtbridge as tb
-from trtbridge.bridge import cuda_graphs, planner
+from trtbridge.bridge import graph_capture, planner
 from trtbridge.bridge.backends.flavour import FLAVOURS
 from trtbridge.bridge.backends.plugin_nodes import require_ops
 from trtbridge.bridge.backends.trt_outputs import SizedByData
 from trtbridge.bridge.backends.trt_run import _raise_failure
-from trtbridge.bridge.cuda_graphs import Captured, Capturer, GraphCache
+from trtbridge.bridge.cuda_graphs import GraphCache
 from trtbridge.bridge.dynamo import trtbridge_backend
+from trtbridge.bridge.graph_capture import Captured, Capturer
 from trtbridge.bridge.lanes import Lane, LaneMaker
 from trtbridge.bridge.model import OnnxModel
 from trtbridge.bridge.runtime import RunningProgram
@@ -41,6 +42,16 @@ def moody(x: torch.Tensor) -> torch.Tensor:
 
 
 moody.register_fake(torch.empty_like)
+
+
+@torch.library.custom_op("trtbridge_freed::repeated", mutates_args=())
+def repeated(x: torch.Tensor, times: int) -> torch.Tensor:
+    return x * times
+
+
+@repeated.register_fake
+def _(x: torch.Tensor, times: int) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 class Net(torch.nn.Module):
@@ -121,6 +132,30 @@ def test_converted_and_called() -> None:
     assert len(alive(found)) == len(found)
     del module
     assert alive(found) == []
+
+
+class Counts(torch.nn.Module):
+    """A plugin that is given a size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.trtbridge_freed.repeated(x + 1, 2 * x.shape[0] + 1)
+
+
+@pytest.mark.parametrize("network", [Net, Counts])
+def test_calls_leave_nothing_behind(network: type[torch.nn.Module]) -> None:
+    module = tb.convert(network().eval(), (torch.ones(2, 4),), dynamic_shapes={"x": {0: BATCH}}, backend="onnxruntime")
+    assert module.program.plugin_calls
+    module(torch.ones(2, 4))
+    gc.collect()
+    before = tensors()
+    for batch in (1, 2, 2, 4):
+        module(torch.ones(batch, 4))
+    assert tensors() == before, "they would be kept until the collector comes by"
+
+
+def tensors() -> int:
+    """How many there are."""
+    return sum(type(one) is torch.Tensor for one in gc.get_objects())
 
 
 def test_loaded_and_copied(tmp_path: Path) -> None:
@@ -285,7 +320,7 @@ class Order:
 class OneStream(Capturer):
     """The capturer with its lanes; a graph of its is a call."""
 
-    def capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True) -> Captured:
+    def capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True, fresh_outputs: bool = False) -> Captured:
         lane = self._make_lane()
         static = [t.clone() for t in inputs] if own_inputs else list(inputs)
         run, outputs = self._run, self._run(static, lane)
@@ -300,7 +335,7 @@ class OneStream(Capturer):
 @pytest.fixture
 def _no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A `Capturer` can be made."""
-    monkeypatch.setattr(cuda_graphs, "StreamOrder", Order)
+    monkeypatch.setattr(graph_capture, "StreamOrder", Order)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
 

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -71,7 +72,7 @@ def test_every_part(tmp_path: Path) -> None:
     assert record["made"]["twelve_plugins"]["error"] == ""
     assert record["made"]["twelve_plugins"]["plugins"] == 12
     rows = {part: {row["way"]: row for row in record["rows"] if row["part"] == part} for part in
-            ("floor", "host", "shapes", "threads", "life", "beside", "gpus")}  # fmt: skip
+            ("floor", "host", "shapes", "threads", "life", "beside", "where", "gpus")}  # fmt: skip
     assert list(rows["floor"]) == ["floor", "plain", "graph", "reused", "bound"]
     assert rows["floor"]["floor"]["cosine"] > 0.99999, "the floor computes what a call does"
     assert all(row["ratio"] > 0 for way, row in rows["floor"].items() if way != "floor")
@@ -83,6 +84,10 @@ def test_every_part(tmp_path: Path) -> None:
     assert {"convert", "load", "cache", "refit"} <= set(rows["life"])
     assert {"plain", "graph", "bound", "eager", "eager graph", "inductor reduce-overhead"} <= set(rows["beside"])
     assert not any(row["error"] for row in rows["beside"].values())
+    kinds = {"attention", "products", "norms", "rest"}
+    assert set(rows["where"]) == {f"{kind} {batch}" for kind in kinds for batch in (1, 4)}
+    assert rows["where"]["products 4"]["ours_ms"] > 0 < rows["where"]["products 4"]["eager_ms"]
+    assert rows["where"]["attention 1"]["eager_ms"] == 0, "a linear layer has none"
     for part in rows.values():
         for row in part.values():
             assert row.get("cosine", 1.0) > 0.9999, row
@@ -196,6 +201,10 @@ def test_what_is_out_of_bounds(bench: ModuleType) -> None:
     assert len(problems(turns | {"captures": [0, 8, 9]})) == 1
     crowd = {"part": "threads", "unit": "net", "way": "one module", "cuda_graphs": True, "cosine": 1.0, "ratio": 0.5}
     assert problems(crowd) == ["threads, net, one module, cuda_graphs=True: 0.500 of one thread's throughput"]
+    assert problems({**crowd, "ratio": 1.0, "differ": 0.0}) == []
+    assert problems({**crowd, "ratio": 1.0, "differ": 0.005}) == [
+        "threads, net, one module, cuda_graphs=True: 0.50 % of the results are not what the module gives alone"
+    ]
     refit = {"part": "life", "unit": "net", "way": "refit", "cosine": 1.0, "ratio": 0.2}
     assert problems(refit) == ["life, net: a refit takes 0.200 of a full convert"]
     left_out = {"part": "life", "unit": "net", "way": "refit", "skipped": "no refit"}
@@ -213,6 +222,8 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
     ):
         rows += [beside_row("resnet50 1", way, ms, 1.0) for way, ms in ways.items()]
     rows += [{"part": "beside", "unit": "gpt2 1", "way": "", "failed": "did not convert: BuildError"}]
+    rows += [{"part": "where", "unit": "gpt2", "way": "norms 1", "batch": 1, "kind": "norms", "ours_ms": 0.5,
+              "eager_ms": 1.0, "call_ms": 2.0}]  # fmt: skip
     rows += [{"part": "gpus", "unit": "two GPUs", "way": "two GPUs", "skipped": "1 GPU here"}]
     record, out = tmp_path / "record.json", tmp_path / "page.md"
     record.write_text(json.dumps(record_of(rows)))
@@ -228,8 +239,20 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
     assert "- two GPUs, two GPUs: left out: 1 GPU here" in text
     assert "## Many shapes\n\nNot measured." in text
     assert "- beside, gpt2 1: did not convert: BuildError" in text
+    assert "| gpt2 | 1 | norms | 0.500 | 1.000 | 2.00 | 2.000 |" in text
     assert "![Times beside PyTorch](page.png)" in text
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_unit_at_a_time(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = importlib.import_module("bench_common")
+    lock = tmp_path / "gpu.lock"
+    with common.alone():
+        assert not lock.exists()
+    monkeypatch.setenv("TRTBRIDGE_BENCH_LOCK", str(lock))
+    with common.alone(), pytest.raises(Timeout):
+        FileLock(lock).acquire(timeout=0.1)
+    FileLock(lock).acquire(timeout=0.1).lock.release()
 
 
 def test_the_later_record_counts(bench: ModuleType) -> None:
