@@ -24,6 +24,7 @@ _REDUCING = {
     "LogSoftmax", "LpNormalization", "MeanVarianceNormalization", "RMSNormalization", "Softmax", "TopK",
 }  # fmt: skip
 _FEW_POSITIONS = 16
+_MOST_AXES = 7  # TensorRT has tensors of eight at most, and there is one more
 
 
 class Instead(NamedTuple):
@@ -129,6 +130,43 @@ def multiply_pointwise(graph: onnx.GraphProto, facts: Facts) -> Instead:
         made.append(helper.make_node("Transpose", [last], [node.output[0]], node.name, perm=back))
         instead.nodes[index] = made
         instead.constants.append(sizes)
+    return instead
+
+
+def lift_products(graph: onnx.GraphProto, facts: Facts) -> Instead:
+    """Products of constants with transposed activations get one more axis.
+
+    ::
+
+        MatMul(c (B, Q, C), Transpose(x (B, T, C)))      Squeeze(MatMul(c (B, 1, Q, C), Transpose(x (B, 1, T, C))))
+
+    Behind attention the compiler keeps x as (T, B, C), and reads place t of that as token t of each image: every image
+    is given the tokens of the first ones (Grounding DINO, whose learned queries are the constant). With x first, as an
+    Einsum, or with a copy of what makes x it is as wrong; a product for each image is right, too.
+    """
+    instead = Instead({}, [])
+    axis = numpy_helper.from_array(np.array([1], np.int64), f"trtbridge{SUFFIX}.image_axis")
+    for index, node in enumerate(graph.node):
+        if node.op_type != "MatMul" or node.domain:
+            continue
+        constant, turned = facts.initializers.get(node.input[0]), facts.makers.get(node.input[1])
+        if constant is None or turned is None or turned.op_type != "Transpose" or turned.domain:
+            continue
+        rank = len(constant.dims)
+        order = next((list(attribute.ints) for attribute in turned.attribute if attribute.name == "perm"), [])
+        if not 3 <= rank <= _MOST_AXES or order != [*range(rank - 2), rank - 1, rank - 2]:
+            continue
+        swapped = [*range(rank - 1), rank, rank - 1]
+        name, made = f"{node.name}{SUFFIX}", f"{node.output[0]}{SUFFIX}"
+        instead.nodes[index] = [
+            helper.make_node("Unsqueeze", [constant.name, axis.name], [f"{made}.c"], f"{name}.c"),
+            helper.make_node("Unsqueeze", [turned.input[0], axis.name], [f"{made}.x"], f"{name}.x"),
+            helper.make_node("Transpose", [f"{made}.x"], [f"{made}.turned"], f"{name}.turn", perm=swapped),
+            helper.make_node("MatMul", [f"{made}.c", f"{made}.turned"], [f"{made}.product"], f"{name}.product"),
+            helper.make_node("Squeeze", [f"{made}.product", axis.name], [node.output[0]], node.name),
+        ]
+    if instead.nodes:
+        instead.constants.append(axis)
     return instead
 
 

@@ -33,6 +33,9 @@ FAULTY |= {
         "a, b = Split<axis = 1>(x, parts) c = Neg(b) t = Concat<axis = 1>(c, a) s = Add(x, t) r = Reshape(s, long) "
         "v = Softmax(r) i = Neg(a)"
     ),
+    "constants times transposed tokens": (
+        "y = Reshape(x, tokens) t = Transpose<perm = [0, 2, 1]>(y) v = MatMul(queries, t) i = Neg(y)"
+    ),
     "a convolution of one position": (
         "y = Reshape(x, image) v = Conv(y, filter, bias) i = Conv<kernel_shape = [1, 1]>(y, filter)"
     ),
@@ -52,6 +55,12 @@ FINE = {
     ),
     "a convolution over one position": "y = Reshape(x, column) v = Conv(y, w15) i = Neg(x)",
     "a convolution with a stride": "y = Reshape(x, image) v = Conv<strides = [2, 1]>(y, filter, bias) i = Neg(x)",
+    "one matrix times tokens": "t = Transpose<perm = [1, 0]>(x) v = MatMul(two_by_five, t) i = Neg(x)",
+    "constants times tokens as they are": "y = Reshape(x, turned) v = MatMul(queries, y) i = Neg(y)",
+    "tokens turned another way": (
+        "y = Reshape(x, turned) t = Transpose<perm = [1, 0, 2]>(y) u = Reshape(t, turned) v = MatMul(queries, u) "
+        "i = Neg(y)"
+    ),
     "eight axes": "u = Reshape(x, long) w, j = TopK(u, one) v = Neg(w) i = Neg(j)",
 }
 
@@ -62,6 +71,9 @@ def model(body: str) -> onnx.ModelProto:
     int64[8] long = {{1, 1, 1, 1, 1, 1, 3, 5}}, int64[2] shape = {{3, 5}}, int64[4] image = {{1, 1, 3, 5}},
     int64[4] column = {{1, 15, 1, 1}}, float[2,1,1,1] filter = {{2, -3}}, float[2] bias = {{1, 0.5}},
     float[1,15,1,1] w15 = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6}},
+    int64[3] tokens = {{1, 3, 5}}, int64[3] turned = {{1, 5, 3}},
+    float[2,5] two_by_five = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 1}},
+    float[2,2,5] queries = {{1, -2, 3, 4, 5, 6, 7, -8, 9, 1, 3, 2, 1, 5, 4, 2, -2, 1, 0, 1}},
     float[5,2] five_by_two = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 1}}> {{ {body} }}"""
     found = onnx.shape_inference.infer_shapes(parser.parse_model(text))
     for number, node in enumerate(found.graph.node):
@@ -99,7 +111,7 @@ def test_same_numbers_in_another_form(name: str) -> None:
     kept_names = [node.name for node in after.graph.node if node.name in names]
     assert {original_name(node.name) for node in after.graph.node} == set(kept_names)
     assert [node.name for node in before.graph.node if node.name in kept_names] == kept_names
-    assert {n.op_type for n in before.graph.node if n.name not in kept_names} <= {"Slice", "Split", "Neg"}
+    assert {n.op_type for n in before.graph.node if n.name not in kept_names} <= {"Slice", "Split", "Neg", "Transpose"}
 
 
 @pytest.mark.parametrize("name", FINE)
