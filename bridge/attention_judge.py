@@ -18,7 +18,7 @@ import onnx
 import torch
 
 from ..errors import BuildError, TrtBridgeError, UnsupportedOpError
-from ..plugins.captures import end_failed_capture
+from ..plugins.captures import capturing
 from .atomic import write_atomically
 from .attention_blocks import BlockPair
 from .backends.base import Backend, BuildOptions, Context, Engine
@@ -282,11 +282,10 @@ def _replay(context: Context, inputs: list[torch.Tensor], stream: torch.cuda.Str
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        with capturing(graph, stream.device, stream=stream):
             held = context(inputs)
     except (TrtBridgeError, RuntimeError) as error:
         logger.debug("a block is timed without a CUDA graph: %s", error)
-        end_failed_capture(stream.device)
         return lambda: context(inputs)
 
     alive = (context, inputs, held)  # the graph has their addresses alone

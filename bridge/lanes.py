@@ -81,9 +81,14 @@ class Lane:
             None if executable is None else executable.new_context(workspace) for executable in executables
         ]
 
-    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if self.order is not None and not is_finalizing():
+    def wait(self) -> None:
+        """Wait on the host until its work is done."""
+        if self.order is not None:
             self.order.wait()
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():
+            self.wait()
 
 
 class LaneMaker:
@@ -184,8 +189,12 @@ class LanePool:
             return self._idle.pop()
 
     @contextmanager
-    def all_idle(self, keep: bool = False) -> Iterator[None]:
-        """Wait until no call is under way, keep new ones from beginning, and unless told to keep forget all lanes."""
+    def all_idle(self, keep: bool = False) -> Iterator[list[Lane]]:
+        """Wait until no call is under way, keep new ones from beginning, and unless told to keep forget all lanes.
+
+        Yields:
+            The lanes.
+        """
         with self._changed:
             while self._closed:
                 self._changed.wait()
@@ -193,7 +202,7 @@ class LanePool:
             while len(self._idle) < self._made:
                 self._changed.wait()
         try:
-            yield
+            yield list(self._idle)
         finally:
             with self._changed:
                 if not keep:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..plugins.captures import wait_for_device
 from .activations import Recorder, cuda_devices
 from .backends.base import Backend
 from .export import ExportedModule
@@ -155,4 +156,4 @@ def _writes(node: torch.fx.Node) -> bool:
 
 def _wait(traced: ExportedModule) -> None:
     for index in cuda_devices(traced):
-        torch.cuda.synchronize(index)
+        wait_for_device(index)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendError, ExecutionError, OptionError
+from ..plugins.captures import wait_for_device
 from ..plugins.registry import call_op, find_op
 from .backends import get_backend
 from .backends.base import Engine
@@ -92,11 +93,11 @@ def profile(
 def _timed(call: Callable[[], Any], device: torch.device) -> float:
     """Milliseconds of a call until its results are there."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait_for_device(device)
     started = time.perf_counter()
     call()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait_for_device(device)
     return (time.perf_counter() - started) * 1e3
 
 
@@ -120,7 +121,7 @@ class _Clock:
     def read_ms(self) -> list[float]:
         """All moments in milliseconds since the first."""
         if self._cuda:
-            torch.cuda.synchronize(self._device)
+            wait_for_device(self._device)
             return [self._events[0].elapsed_time(event) for event in self._events]
         return [(moment - self._seconds[0]) * 1e3 for moment in self._seconds]
 
@@ -335,10 +336,10 @@ def _own_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    torch.cuda.synchronize(device)
+    wait_for_device(device)
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         yield
-        torch.cuda.synchronize(device)
+        wait_for_device(device)
 
 
 def _device_text(device: torch.device) -> str:

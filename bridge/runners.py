@@ -23,6 +23,7 @@ from polygraphy.datatype import DataType
 from polygraphy.logger import G_LOGGER
 
 from ..errors import InputError
+from ..plugins.captures import wait_for_device
 from .dtypes import to_torch
 from .model import Signature
 from .module import EngineModule
@@ -301,4 +302,4 @@ def _full_float32() -> Iterator[None]:
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait_for_device(device)

@@ -30,6 +30,10 @@ class RuntimeOptions:
             ones wait.
         share_workspace: one scratch memory, of the largest engine's size, for all engines of a call and for all CUDA
             graphs, in place of one for each.
+        overlap_kernels: kernels of a CUDA graph may begin before the one ahead has ended, where the engine makes them
+            so (programmatic dependent launch). TensorRT-RTX 1.6.1 does, and replays were wrong now and then while other
+            work ran on the device (docs/runtime.md). False is meant to prevent that, takes some time, and has not run
+            on a GPU yet.
         kernel_specialization: TensorRT-RTX: what it does when it meets new sizes: "lazy" compiles kernels for them in
             the background and runs general ones meanwhile, "eager" compiles them before it runs, "none" always runs
             general ones. None is "eager" where calls may become CUDA graphs, which keep the kernels of their capture,
@@ -41,10 +45,11 @@ class RuntimeOptions:
     reuse_outputs: bool = False
     max_contexts: int = 8
     share_workspace: bool = True
+    overlap_kernels: bool = True
     kernel_specialization: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("reuse_outputs", "share_workspace"):
+        for name in ("reuse_outputs", "share_workspace", "overlap_kernels"):
             self._need(isinstance(getattr(self, name), bool), name, "True or False")
         self._need(isinstance(self.cuda_graphs, bool) or self.cuda_graphs == "auto", "cuda_graphs", 'a bool or "auto"')
         for name in ("max_graphs", "max_contexts"):

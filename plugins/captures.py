@@ -1,22 +1,80 @@
-"""What a failed capture of a CUDA graph leaves behind."""
+"""Captures of CUDA graphs: they may fail, and other threads work meanwhile."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
+_one_at_a_time = threading.RLock()
 
-def end_failed_capture(device: torch.device) -> None:
-    """Put torch's generator right after a capture that failed.
 
-    The generator takes every draw for part of that capture until the end of another one ("Offset increment outside
-    graph capture"), so there is another one, of one small tensor.
+def wait_for_device(device: torch.device | int | None = None) -> None:
+    """torch.cuda.synchronize, when no capture of ours is under way in any thread: it would fail, and spoil that."""
+    with _one_at_a_time:
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def capturing(
+    graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> Iterator[None]:
+    """Capture what is given to the device meanwhile; where that fails, torch is right afterwards.
+
+    `torch.cuda.graph` leaves three things behind a capture that fails: the current stream is that of the capture; the
+    allocator takes it for one that goes on, and then never gives back memory that another stream has used; and the
+    generator takes each draw for a part of it ("Offset increment outside graph capture").
 
     Args:
-        device: a CUDA device; it is waited for.
+        graph: to capture into.
+        device: CUDA device, the current one.
+        pool: of `torch.cuda.graph_pool_handle`, for the graph's memory; None for one of its own. After a failure it
+            is not to be used again.
+        stream: to capture on; None for a new one.
+
+    Raises:
+        Exception: what was raised inside, or a RuntimeError if something in there cannot be captured. The device has
+            been waited for.
     """
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    stream = torch.cuda.Stream(device) if stream is None else stream
+    with _one_at_a_time, _no_garbage_collection(), torch.cuda.stream(stream):
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate
+            yield
+            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # it says once more that the capture has failed
+                graph.capture_end()
+            _forget(device, pool)
+            raise
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """An engine that was part of a cycle would be let go by the thread that captures, where no memory can be freed."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _forget(device: torch.device, pool: Any) -> None:
+    """Let allocator and generator know that a capture is over."""
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with suppress(RuntimeError), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError):  # it knows
+        torch._C._cuda_endAllocateToPool(index, pool)
+    # The generator learns it from the end of another capture, of one small tensor.
+    with suppress(RuntimeError), torch.cuda.stream(torch.cuda.Stream(device)):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
         torch.zeros(1, device=device)
+        graph.capture_end()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .captures import end_failed_capture
+from .captures import capturing, wait_for_device
 from .check_report import Finding
 from .check_samples import Call, flat_results
 from .check_values import Subject, _words
@@ -34,7 +34,7 @@ def check_stream(subject: Subject) -> Iterator[Finding]:
         stale = call.map(lambda _, tensor: torch.zeros_like(tensor))
         subject.run(_stale_indices(call, stale))  # compiles kernels; nothing of it counts
         side = torch.cuda.Stream(subject.device)
-        torch.cuda.synchronize(subject.device)
+        wait_for_device(subject.device)
         with torch.cuda.stream(side):
             torch.cuda._sleep(_SLEEP_CYCLES)
             for old, new in zip(stale.tensors, call.tensors, strict=True):
@@ -60,11 +60,10 @@ def check_graph(subject: Subject) -> Iterator[Finding]:
                 static.run(subject.op)  # compiling and autotuning are no part of the graph, and may wait for the GPU
                 with _waiting_raises():
                     static.run(subject.op)
-            torch.cuda.synchronize(subject.device)
-            with torch.cuda.graph(graph):
+            wait_for_device(subject.device)
+            with capturing(graph, subject.device):
                 results = flat_results(static.run(subject.op))
         except Exception as error:
-            end_failed_capture(subject.device)
             while isinstance(error.__context__, Exception):  # the end of a failed capture fails with less telling words
                 error = error.__context__
             todo = (
@@ -79,7 +78,7 @@ def check_graph(subject: Subject) -> Iterator[Finding]:
             for old, new in zip(static.tensors, values.tensors, strict=True):
                 old.copy_(new)
             graph.replay()
-            torch.cuda.synchronize(subject.device)
+            wait_for_device(subject.device)
             if text := subject.difference(results, right):
                 when = "other values" if first else "the same values"
                 todo = "read values from tensors inside the kernel, never on the host; keep no state between calls"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .calls import encode_tensors
+from .captures import wait_for_device
 from .check_report import Finding
 from .check_samples import Call, flat_results
 from .registry import call_op
@@ -51,10 +52,10 @@ class Subject:
 def run_alone(op: Callable[..., Any], call: Call, device: torch.device) -> list[Any]:
     """Results of a call, flat, with nothing else under way on the device: streams are a check of their own."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait_for_device(device)
     results = flat_results(call.run(op))
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait_for_device(device)
     return results
 
 

@@ -15,7 +15,9 @@ import torch
 from torch._higher_order_ops.scan import scan
 
 import trtbridge as tb
-from trtbridge.bridge.cuda_graphs import Captured, Capturer, GraphCache
+from trtbridge.bridge.cuda_driver import DriverError
+from trtbridge.bridge.cuda_graphs import GraphCache
+from trtbridge.bridge.graph_capture import Captured, Capturer, Copies
 from trtbridge.bridge.program import EngineStep, Program
 from trtbridge.bridge.runtime_steps import capture_problem
 
@@ -42,6 +44,7 @@ class FakeCapturer:
         self.failing: set[int] = set()  # batches that cannot be captured
         self.faster = True
         self.recycled = 0
+        self.copies_inside = self.refuses = False
 
     def recycle(self, captured: Captured) -> None:
         self.recycled += 1
@@ -49,7 +52,7 @@ class FakeCapturer:
     def clear(self) -> None:
         self.recycled = 0
 
-    def capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True) -> Captured:
+    def capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True, fresh_outputs: bool = False) -> Captured:
         if inputs[0].shape[0] in self.failing:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.captured.append(tuple(inputs[0].shape))
@@ -60,7 +63,8 @@ class FakeCapturer:
             for target, source in zip(outputs, static, strict=True):
                 target.copy_(source * 2)
 
-        return Captured(replay, static, outputs, cast(Any, None))
+        copies = Copies(cast(Any, [Refusing()]), []) if self.copies_inside and self.refuses else None
+        return Captured(replay, static, outputs, cast(Any, None), copies)
 
     def is_slower(self, captured: Captured) -> bool:
         return not self.faster
@@ -108,6 +112,27 @@ def test_inputs_that_want_gradients_leave_no_trace() -> None:
         result = cache.call(x)
     assert result is not None
     assert not result[0].requires_grad
+
+
+class Refusing:
+    """A copy inside of a graph that takes no memory."""
+
+    def read_from(self, address: int) -> None:
+        raise DriverError("cuGraphExecMemcpyNodeSetParams failed with CUresult 1")
+
+
+def test_memory_that_a_graph_cannot_copy_from_is_copied_outside_of_graphs() -> None:
+    capturer = FakeCapturer()
+    capturer.copies_inside = True
+    cache = _cache(capturer, most=4)
+    assert [_call(cache, batch) for batch in (4, 4, 5, 5)] == [False, True] * 2
+    capturer.refuses = True
+    assert [_call(cache, batch) for batch in (6, 6)] == [False, False]
+    assert not capturer.copies_inside
+    assert len(cache) == 0, "all of them copy inside"
+    assert [_call(cache, batch) for batch in (6, 6, 5, 5)] == [False, True] * 2
+    assert cache.refusal == ""
+    assert capturer.order.log.count("enter") == capturer.order.log.count("leave")
 
 
 def test_shapes_that_fit_are_never_captured_again() -> None:
@@ -294,6 +319,7 @@ def test_on_a_cpu_there_are_none_and_a_warning_says_so(caplog: pytest.LogCapture
         ({"max_graphs": 0}, "max_graphs=0: must be an int above 0"),
         ({"max_contexts": True}, "max_contexts=True"),
         ({"reuse_outputs": 1}, "reuse_outputs=1: must be True or False"),
+        ({"overlap_kernels": None}, "overlap_kernels=None: must be True or False"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, Any], words: str) -> None:

@@ -1,0 +1,121 @@
+"""What is left behind a capture of a CUDA graph that fails, with a torch.cuda that notes what it is asked for."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from trtbridge.plugins.captures import capturing, wait_for_device
+
+DEVICE = torch.device("cuda", 0)
+
+
+class Cuda:
+    """One device: its current stream, the pools that the allocator takes for open, and captures."""
+
+    def __init__(self) -> None:
+        self.stream = "default"
+        self.open: set[Any] = set()
+        self.captures: list[tuple[str, Any]] = []
+        self.invalid = False  # something that cannot be captured was given to the device
+
+    @contextmanager
+    def on(self, stream: str) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    def forget(self, index: int, pool: Any) -> None:
+        if pool not in self.open:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.open.remove(pool)
+
+
+class Graph:
+    cuda: Cuda
+
+    def capture_begin(self, pool: Any = (0, 9), capture_error_mode: str = "global") -> None:
+        assert capture_error_mode == "thread_local"
+        self.pool = pool
+        self.cuda.open.add(pool)
+        self.cuda.captures.append((self.cuda.stream, pool))
+
+    def capture_end(self) -> None:
+        invalid, self.cuda.invalid = self.cuda.invalid, False
+        if invalid:  # as torch: the allocator is not told
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.cuda.forget(0, self.pool)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    found = Cuda()
+    monkeypatch.setattr(Graph, "cuda", found, raising=False)
+    for name, value in {
+        "CUDAGraph": Graph,
+        "Stream": lambda device: "new",
+        "stream": found.on,
+        "synchronize": lambda device: None,
+        "graph_pool_handle": lambda: (0, 1),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: None)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", found.forget)
+    return found
+
+
+def capture(graph: Any, **options: Any) -> Any:
+    return capturing(graph, DEVICE, **options)
+
+
+def test_a_capture_that_succeeds(cuda: Cuda) -> None:
+    with capture(Graph(), pool=(0, 5), stream="mine"):
+        assert cuda.stream == "mine"
+        assert cuda.open == {(0, 5)}
+        assert not gc.isenabled(), "an engine that it finds could not be let go"
+    assert gc.isenabled()
+    assert cuda.captures == [("mine", (0, 5))]
+    assert (cuda.stream, cuda.open) == ("default", set())
+
+
+def fail(cuda: Cuda, by: str) -> None:
+    cuda.invalid = by != "an error of the caller"
+    if by == "an error of torch":
+        raise RuntimeError("operation not permitted when stream is capturing")
+    if by == "an error of the caller":
+        raise KeyError("mine")
+
+
+@pytest.mark.parametrize("by", ["an error of torch", "an error of the caller", "what nobody noticed"])
+def test_a_capture_that_fails_leaves_nothing_behind(cuda: Cuda, by: str) -> None:
+    words = {"an error of the caller": "mine"}.get(by, "previous error|operation not permitted")
+    with pytest.raises((RuntimeError, KeyError), match=words), capture(Graph()):
+        fail(cuda, by)
+    assert (cuda.stream, cuda.open, gc.isenabled()) == ("default", set(), True)
+    assert cuda.captures[0] == ("new", (0, 1))
+    assert len(cuda.captures) == 2, "the generator learns from another one that it is over"
+    with capture(Graph()):
+        pass
+
+
+def test_the_device_is_not_waited_for_while_another_thread_captures(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(bool(cuda.open)))
+    with ThreadPoolExecutor(1) as pool:
+        with capture(Graph()):
+            waiting = pool.submit(wait_for_device, DEVICE)
+            time.sleep(0.05)
+            assert not waited
+        waiting.result(10)
+    assert waited == [False]
