@@ -31,6 +31,7 @@ Keep = Callable[[list[Row]], None]
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"cuda_graphs": False},
     "graph": {"cuda_graphs": True},
+    "ordered": {"cuda_graphs": True, "overlap_kernels": False},
     "reused": {"cuda_graphs": True, "reuse_outputs": True},
     "bound": {"cuda_graphs": True},
 }

@@ -23,8 +23,8 @@ _WORDS = {
     "floor": (
         "The floor is the same engine in a bare loop: fixed buffers, one CUDA graph, nothing else (of a program with "
         "plugins between engines: a capture of all its steps). Batch 1. *plain*: `cuda_graphs=False`; *graph*: "
-        "`cuda_graphs=True`; *reused*: with `reuse_outputs=True`; *bound*: `module.bind(x)`. Milliseconds, with the "
-        "multiple of the floor; the fastest way is to stay within 1.02."
+        "`cuda_graphs=True`; *ordered*: with `overlap_kernels=False`; *reused*: with `reuse_outputs=True`; *bound*: "
+        "`module.bind(x)`. Milliseconds, with the multiple of the floor; the fastest way is to stay within 1.02."
     ),
     "host": (
         "Microseconds of wall clock that a call takes the caller, over calls in a row without waiting for the device; "
@@ -62,7 +62,7 @@ _WORDS = {
     ),
     "gpus": "`torchrun` with one process a GPU; two are to give 1.9 times the throughput of one.",
 }
-_WAYS = ("plain", "graph", "reused", "bound")
+_WAYS = ("plain", "graph", "ordered", "reused", "bound")
 
 
 def write_page(record: Record, problems: Sequence[str], out: Path) -> None:

@@ -73,7 +73,7 @@ def test_every_part(tmp_path: Path) -> None:
     assert record["made"]["twelve_plugins"]["plugins"] == 12
     rows = {part: {row["way"]: row for row in record["rows"] if row["part"] == part} for part in
             ("floor", "host", "shapes", "threads", "life", "beside", "where", "gpus")}  # fmt: skip
-    assert list(rows["floor"]) == ["floor", "plain", "graph", "reused", "bound"]
+    assert list(rows["floor"]) == ["floor", "plain", "graph", "ordered", "reused", "bound"]
     assert rows["floor"]["floor"]["cosine"] > 0.99999, "the floor computes what a call does"
     assert all(row["ratio"] > 0 for way, row in rows["floor"].items() if way != "floor")
     assert all(row["us"] > 0 and row["us_short"] > 0 for row in rows["host"].values())
@@ -102,8 +102,8 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert done.returncode in (0, 1), done.stderr  # times of a busy CPU may be out of bounds
     assert "one_linear: converted" in done.stdout
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [row["way"] for row in rows[:4]] == ["plain", "graph", "reused", "bound"]
-    assert rows[4]["skipped"]
+    assert [row["way"] for row in rows[:5]] == ["plain", "graph", "ordered", "reused", "bound"]
+    assert rows[5]["skipped"]
 
 
 def test_a_run_goes_on_where_it_was(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr  # gpt2 did not convert
     text = out.read_text()
     assert "- today, a GPU; float16; torch 2; sources `abc`" in text
-    assert "| net | 1.0000 | – | – | – | 1.0100 (1.010) |" in text
+    assert "| net | 1.0000 | – | – | – | – | 1.0100 (1.010) |" in text
     assert "| resnet50 | 1 | 1.0000 | 0.9000 | – | 3.0000 | – | 0.8000 A | – | 3.00 | **0.80** | 0.999900 |" in text
     assert "Of 1 pairs the engine is slower than inductor in 1; median ratio 0.80." in text
     assert "- gpt2 1: failed: did not convert: BuildError" in text
