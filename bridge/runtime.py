@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from .cuda_graphs import GraphCache
 from .graph_capture import Captured, Capturer
 from .lanes import Lane, LaneMaker, LanePool
 from .program import EngineStep, Program
+from .replay_streams import OVERLAPPING
 from .runtime_options import RuntimeOptions
 from .runtime_steps import RunStep, StepRunner, capture_problem, engine_step, plugin_step, require_ops
 
@@ -79,7 +81,7 @@ class RunningProgram:
         self._count_lock = threading.Lock()
         self._local = threading.local()
         self._calls = 0
-        self._graphs, self.graph_refusal = self._make_graphs(problem, options)
+        self._graphs, self.graph_refusal = self._make_graphs(problem, options, program.backend)
         if options.cuda_graphs is True and self.graph_refusal:
             logger.warning("cuda_graphs=True, but calls run without CUDA graphs: %s", self.graph_refusal)
 
@@ -279,7 +281,7 @@ class RunningProgram:
 
         return run
 
-    def _make_graphs(self, problem: str, options: RuntimeOptions) -> tuple[GraphCache | None, str]:
+    def _make_graphs(self, problem: str, options: RuntimeOptions, backend: str) -> tuple[GraphCache | None, str]:
         """The graphs of this program, or None and why there are none; `problem` is the program's own reason."""
         if self.device.type != "cuda":
             return None, f"calls on {self.device} have none"
@@ -288,8 +290,10 @@ class RunningProgram:
         if problem:
             return None, problem
         capturer = Capturer(self._run, self._make_lane, self.device, options.overlap_kernels)
-        measure = options.cuda_graphs == "auto"
-        return GraphCache(capturer, options.max_graphs, measure, not options.reuse_outputs), ""
+        graphs = GraphCache(capturer, options.max_graphs, options.cuda_graphs == "auto", not options.reuse_outputs)
+        if backend == "tensorrt_rtx" and options.overlap_kernels:
+            graphs.on_stream = functools.partial(OVERLAPPING.note, self.device)
+        return graphs, ""
 
     def _own_stream(self) -> torch.cuda.Stream:
         stream: torch.cuda.Stream | None = getattr(self._local, "stream", None)
