@@ -41,7 +41,7 @@ def unique(call: NodeCall) -> Result:
     else:
         axis = axis % x.dim()
         values, inverse, counts = torch.unique(wide, return_inverse=True, return_counts=True, dim=axis)
-    inverse = inverse.reshape(-1)
+    inverse, counts = inverse.reshape(-1).long(), counts.long()  # the fake kernel of torch 2.11 gives other types
     places = torch.arange(inverse.numel(), device=x.device)
     first = torch.full_like(counts, inverse.numel()).scatter_reduce(0, inverse, places, "amin")
     if not call.attribute("sorted", 1):

@@ -85,8 +85,8 @@ def _rational(node: Any) -> Any:
 
 
 def fit(values: Sequence[int], samples: Sequence[Mapping[str, int]]) -> int | str:
-    """The size that takes these values for these sizes of the inputs: ``(a*d + b)//c`` of one size ``d``, a constant,
-    or one of the sizes.
+    """The size that takes these values for these sizes of the inputs: ``(a*d + b)//c`` of one size ``d``, the lesser or
+    the greater of ``d`` and a constant, a constant, or one of the sizes.
 
     Some fake kernels, those written in C++ with fixed sizes, give numbers where others give symbols.
 
@@ -109,4 +109,7 @@ def fit(values: Sequence[int], samples: Sequence[Mapping[str, int]]) -> int | st
                     text = name if factor == 1 else f"{factor}*{name}"
                     text = f"({text} {'+' if offset > 0 else '-'} {abs(offset)})" if offset else text
                     return f"({text}//{divisor})" if divisor > 1 else text
+        for function, bound, choose in (("Min", max(values), min), ("Max", min(values), max)):
+            if all(value == choose(size, bound) for size, value in points):
+                return f"{function}({bound}, {name})"
     raise InexpressibleError(f"sizes {sorted(set(values))[:6]} follow no simple rule")

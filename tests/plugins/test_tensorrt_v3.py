@@ -90,11 +90,23 @@ CASES: dict[str, tuple[str, str, list[TensorType], list[TensorType | None], list
 }  # fmt: skip
 
 
+def _is_same(mine: Any, wanted: Any) -> bool:
+    """Whether two sizes are: versions of torch write them in other words."""
+    if mine == wanted or not (
+        isinstance(mine, str) and isinstance(wanted, str) and "d0_1" in mine and "d0_1" in wanted
+    ):
+        return bool(mine == wanted)
+    return all(evaluate_size(mine, {"d0_1": size}) == evaluate_size(wanted, {"d0_1": size}) for size in range(1, 40))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_shapes_come_from_the_fake_kernel(name: str) -> None:
     op, call, inputs, outputs, expected = CASES[name]
     spec = derive(op, call, inputs, outputs)
-    assert [one.shape for one in spec.outputs] == expected
+    assert len(spec.outputs) == len(expected)
+    for one, shape in zip(spec.outputs, expected, strict=True):
+        assert len(one.shape) == len(shape)
+        assert all(map(_is_same, one.shape, shape)), (one.shape, shape)
     assert HostSpec.from_json(spec.to_json()) == spec
 
 
@@ -220,6 +232,8 @@ def test_fit() -> None:
     check(lambda n: 2 * n + 3)
     check(lambda n: n // 2 + 1)
     check(lambda n: 4)
+    check(lambda n: min(n, 6))
+    check(lambda n: max(n, 6))
     with pytest.raises(InexpressibleError):
         fit([n["d0_0"] ** 2 for n in samples], samples)
 
