@@ -157,8 +157,8 @@ class EngineModule(torch.nn.Module):
         Calls that are running end with the old weights, later ones have the new ones; calls of `bind` follow, an
         original that runs on sizes out of range does not. Where weights are inputs of the engines (TensorRT-RTX,
         `Engine.info`), the new ones take the old ones' place on the device, and CUDA graphs that a caller captured have
-        them too: replay none meanwhile. Elsewhere such graphs keep the old ones, and while it works there are two
-        copies of the weights on the device.
+        them too: wait for their replays before, and start none meanwhile. Elsewhere such graphs keep the old ones, and
+        while it works there are two copies of the weights on the device.
 
         Args:
             weights: a module like the one that was converted, or its state dict; whole, with the same names, types and
