@@ -132,12 +132,12 @@ class Capturer:
             lane = self._spare.pop() if self._spare else self._make_lane()
             seen = self._run(static, lane)  # kernels are compiled and sizes set here, which a capture does not allow
             self._stream.synchronize()
-            if own_inputs and self.copies_inside and all(map(_is_one_piece, seen if fresh_outputs else ())):
-                try:
-                    return self._capture_with_copies(inputs, static, seen if fresh_outputs else (), lane)
-                except DriverError as error:
-                    logger.info("copies are no parts of CUDA graphs: %s", error)
-                    self.copies_inside = False
+            results = seen if fresh_outputs else ()
+            if own_inputs and self.copies_inside and all(map(_is_one_piece, results)):
+                captured = self._capture_with_copies(inputs, static, results, lane)
+                if captured is not None:
+                    return captured
+                self.copies_inside = False
             graph, outputs = self._captured(lambda: self._run(static, lane), keep=not self._overlap)
         return Captured(graph.replay, static, outputs, lane)
 
@@ -147,7 +147,8 @@ class Capturer:
         static: list[torch.Tensor],
         results: Sequence[torch.Tensor],
         lane: Lane,
-    ) -> Captured:
+    ) -> Captured | None:
+        """A graph that copies by itself; None where its copies cannot be found."""
         sources = [tensor.detach().contiguous() for tensor in inputs]
         ends: list[tuple[int, int]] = []
 
@@ -164,7 +165,11 @@ class Capturer:
             return outputs
 
         graph, outputs = self._captured(run, keep=True)
-        nodes = copy_nodes(graph, ends)
+        try:
+            nodes = copy_nodes(graph, ends)
+        except DriverError as error:
+            logger.info("copies are no parts of CUDA graphs: %s", error)
+            return None
         copies = Copies(nodes[: len(static)], nodes[len(static) :], sources)
         return Captured(graph.replay, static, outputs, lane, copies)
 

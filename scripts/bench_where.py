@@ -11,12 +11,12 @@ from typing import Any
 
 import bench_models as models
 import torch
+from bench_beside import BATCHES
 from bench_common import DRY_RUN, Example, Keep, Row, Settings, program_file, synchronize
 
 import trtbridge as tb
 
 WHERE_MODELS = ("vit_base_patch16", "bert_base")
-BATCHES = (1, models.MOST_BATCH)
 KINDS = {
     "attention": ("attention", "softmax", "attn"),
     "products": ("linear", "addmm", "mm", "matmul", "conv", "cudnn"),

@@ -372,7 +372,7 @@ def render(record: Record) -> str:
         lines += [*_table(found, _COLUMNS.get(table), with_backend=len(backends) > 1), ""]
     for outcome, title in (("failed", "Failed"), ("error", "Errors"), ("xpassed", "Passed against expectation")):
         lines += _listing(tests, outcome, title)
-    lines += _listing(tests, "xfailed", "Refused: as far as it goes")
+    lines += _listing(tests, "xfailed", "Expected to fail, and why")
     lines += _listing(tests, "skipped", "Skipped")
     lines += ["## Passed", ""]
     lines += [
@@ -381,7 +381,7 @@ def render(record: Record) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-_OUTCOMES = {"xfailed": "refused as recorded below"}
+_OUTCOMES = {"xfailed": "failed as expected"}
 
 
 def _describe(environment: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ _REDUCING = {
     "LogSoftmax", "LpNormalization", "MeanVarianceNormalization", "RMSNormalization", "Softmax", "TopK",
 }  # fmt: skip
 _FEW_POSITIONS = 16
-_MOST_AXES = 7  # TensorRT has tensors of eight at most, and there is one more
+MOST_AXES = 7  # TensorRT has tensors of eight at most, and there is one more
 
 
 class Instead(NamedTuple):
@@ -154,7 +154,7 @@ def lift_products(graph: onnx.GraphProto, facts: Facts) -> Instead:
             continue
         rank = len(constant.dims)
         order = next((list(attribute.ints) for attribute in turned.attribute if attribute.name == "perm"), [])
-        if not 3 <= rank <= _MOST_AXES or order != [*range(rank - 2), rank - 1, rank - 2]:
+        if not 3 <= rank <= MOST_AXES or order != [*range(rank - 2), rank - 1, rank - 2]:
             continue
         swapped = [*range(rank - 1), rank, rank - 1]
         name, made = f"{node.name}{SUFFIX}", f"{node.output[0]}{SUFFIX}"

