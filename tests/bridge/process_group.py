@@ -50,4 +50,5 @@ torch.testing.assert_close(mine, grad)
 if rank == 0:
     print("refused:", refusal)
     torch.save({"merged": merged, "grad": grad, "data": data}, sys.argv[2])
+dist.barrier()  # nobody goes while another one is still connected
 dist.destroy_process_group()
