@@ -129,14 +129,14 @@ def copy_nodes(graph: Graph, ends: list[tuple[int, int]], driver: Any = None) ->
     return nodes
 
 
-def wait_for_ends(graph: Graph, driver: Any = None) -> int:
-    """Let each kernel of a captured graph wait for the end of the one ahead, where it may begin before that.
+def wait_for_ends(graph: int, driver: Any = None) -> int:
+    """Let each kernel of a graph wait for the end of the one ahead, where it may begin before that.
 
     Programmatic dependent launch overlaps the end of a kernel with the beginning of the next one, which says by itself
     from when on it needs the results. In its place there are dependencies of the common kind.
 
     Args:
-        graph: of torch, captured and not instantiated yet.
+        graph: cudaGraph_t, not instantiated yet; its capture may still be under way.
         driver: for tests.
 
     Returns:
@@ -146,7 +146,7 @@ def wait_for_ends(graph: Graph, driver: Any = None) -> int:
         DriverError: the driver refuses; the graph may have lost dependencies, and is not to be used.
     """
     driver = driver or library()
-    whole, count = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t()
+    whole, count = ctypes.c_void_p(graph), ctypes.c_size_t()
     _check(driver.cuGraphGetEdges_v2(whole, None, None, None, ctypes.byref(count)), "cuGraphGetEdges")
     handles, kinds = ctypes.c_void_p * count.value, EdgeData * count.value
     begins, ends, data = handles(), handles(), kinds()
@@ -162,18 +162,21 @@ def wait_for_ends(graph: Graph, driver: Any = None) -> int:
     return len(early)
 
 
-def capture_id(stream: int) -> int:
-    """The number of the capture that a stream takes part in, unique in the process; 0 without one.
+def capture_of(stream: int) -> tuple[int, int]:
+    """The capture that a stream takes part in.
 
     Args:
         stream: CUDA stream handle.
+
+    Returns:
+        Its number, unique in the process, and the cudaGraph_t that it fills; zeros without one.
     """
-    # CUresult cuStreamGetCaptureInfo(stream, status*, id*), as v2 with the optional outputs left out.
-    status, number = ctypes.c_int(), ctypes.c_uint64()
+    # CUresult cuStreamGetCaptureInfo(stream, status*, id*, graph*, ...), as v2 with the last outputs left out.
+    status, number, graph = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
     library().cuStreamGetCaptureInfo_v2(
-        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), ctypes.byref(graph), None, None
     )
-    return number.value
+    return number.value, graph.value or 0
 
 
 @functools.cache

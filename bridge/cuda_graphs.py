@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -35,13 +35,9 @@ class GraphCache:
         most: how many are kept.
         measure: use them only where a replay was measured to be no slower than a plain call.
         fresh_outputs: results are copies, which later calls leave alone.
-
-    Attributes:
-        on_stream: called where a replay comes on another stream than the last, or for the first time.
     """
 
     def __init__(self, capturer: Capturer, most: int, measure: bool, fresh_outputs: bool) -> None:
-        self.on_stream: Callable[[], None] = lambda: None
         self._capturer = capturer
         self._order = capturer.order
         self._most = most
@@ -81,8 +77,7 @@ class GraphCache:
             else:
                 self._graphs.move_to_end(key)
             captured.last_used = self._calls
-            if self._order.enter():
-                self.on_stream()
+            self._order.enter()
             try:
                 outputs = captured.call(inputs, self._fresh_outputs)
             except DriverError as error:
@@ -104,8 +99,7 @@ class GraphCache:
     def replay_bound(self, captured: Captured) -> list[torch.Tensor]:
         """Replay a graph of `bind` on torch's current stream; results are its own tensors."""
         with self.lock:
-            if self._order.enter():
-                self.on_stream()
+            self._order.enter()
             captured.replay()
             self._order.leave()
             self.counters["graph_replays"] += 1

@@ -185,11 +185,7 @@ class Capturer:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
             raise
         if not self._overlap:
-            if not hasattr(graph, "raw_cuda_graph"):
-                raise DriverError(
-                    f"overlap_kernels=False needs a torch that hands out its graphs, not {torch.__version__}"
-                )
-            logger.info("%d kernels of a CUDA graph wait for the one ahead", wait_for_ends(graph))
+            logger.debug("%d kernels of a CUDA graph wait for the one ahead", wait_for_ends(graph.raw_cuda_graph()))
         if keep:
             graph.instantiate()
         return graph, outputs

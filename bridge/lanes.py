@@ -28,23 +28,18 @@ class StreamOrder:
         self._stream: torch.cuda.Stream | None = None
         self._handle = -1
 
-    def enter(self) -> bool:
-        """Let torch's current stream wait until the memory is free, if another stream used it last.
-
-        Returns:
-            Whether this stream is another one than the last, or the first.
-        """
+    def enter(self) -> None:
+        """Let torch's current stream wait until the memory is free, if another stream used it last."""
         # The bare handle is known in a tenth of the time that a stream object takes.
         handle = torch._C._cuda_getCurrentRawStream(self._index)
         if handle == self._handle:
-            return False
+            return
         stream = torch.cuda.current_stream(self._device)
         if self._stream is not None:
             stream.wait_event(self._done)
         if self.memory is not None:
             self.memory.record_stream(stream)
         self._stream, self._handle = stream, handle
-        return True
 
     def leave(self) -> None:
         """Note that the stream of the last `enter` has been given work that uses the memory."""

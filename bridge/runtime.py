@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +16,11 @@ from ..plugins.captures import wait_for_device
 from .annotation import current_mark
 from .backends import get_backend
 from .backends.base import Backend, Exchanging, Executable
-from .cuda_driver import capture_id
+from .cuda_driver import DriverError, capture_of, wait_for_ends
 from .cuda_graphs import GraphCache
 from .graph_capture import Captured, Capturer
 from .lanes import Lane, LaneMaker, LanePool
 from .program import EngineStep, Program
-from .replay_streams import OVERLAPPING
 from .runtime_options import RuntimeOptions
 from .runtime_steps import RunStep, StepRunner, capture_problem, engine_step, plugin_step, require_ops
 
@@ -78,10 +76,11 @@ class RunningProgram:
         self._lanes = LanePool(self._make_lane, options.max_contexts)
         self._lanes.give(self._lanes.take())
         self._captured: dict[tuple[int, int], Lane] = {}  # by stream and capture of the caller
+        self._overlap = options.overlaps(program.backend)
         self._count_lock = threading.Lock()
         self._local = threading.local()
         self._calls = 0
-        self._graphs, self.graph_refusal = self._make_graphs(problem, options, program.backend)
+        self._graphs, self.graph_refusal = self._make_graphs(problem, options)
         if options.cuda_graphs is True and self.graph_refusal:
             logger.warning("cuda_graphs=True, but calls run without CUDA graphs: %s", self.graph_refusal)
 
@@ -261,7 +260,8 @@ class RunningProgram:
         on one stream of one capture share them: the graph runs them one after the other.
         """
         stream = torch.cuda.current_stream().cuda_stream
-        key = (stream, capture_id(stream))
+        number, graph = capture_of(stream)
+        key = (stream, number)
         lane = self._captured.get(key)
         if lane is None:
             # A capture begins with a synchronization, so that nothing of before still runs in the lane.
@@ -272,7 +272,13 @@ class RunningProgram:
                     "call the module once with inputs of these shapes, outside the capture, right before it."
                 )
             self._captured[key] = lane
-        return self._run(inputs, lane)
+        outputs = self._run(inputs, lane)
+        if not self._overlap:
+            try:
+                wait_for_ends(graph)
+            except DriverError as error:
+                logger.warning("replays of a caller's CUDA graph may be wrong (docs/runtime.md): %s", error)
+        return outputs
 
     def _bound_replay(self, graphs: GraphCache, captured: Captured) -> Callable[[], list[torch.Tensor]]:
         def run() -> list[torch.Tensor]:
@@ -281,7 +287,7 @@ class RunningProgram:
 
         return run
 
-    def _make_graphs(self, problem: str, options: RuntimeOptions, backend: str) -> tuple[GraphCache | None, str]:
+    def _make_graphs(self, problem: str, options: RuntimeOptions) -> tuple[GraphCache | None, str]:
         """The graphs of this program, or None and why there are none; `problem` is the program's own reason."""
         if self.device.type != "cuda":
             return None, f"calls on {self.device} have none"
@@ -289,10 +295,8 @@ class RunningProgram:
             return None, "cuda_graphs=False"
         if problem:
             return None, problem
-        capturer = Capturer(self._run, self._make_lane, self.device, options.overlap_kernels)
+        capturer = Capturer(self._run, self._make_lane, self.device, self._overlap)
         graphs = GraphCache(capturer, options.max_graphs, options.cuda_graphs == "auto", not options.reuse_outputs)
-        if backend == "tensorrt_rtx" and options.overlap_kernels:
-            graphs.on_stream = functools.partial(OVERLAPPING.note, self.device)
         return graphs, ""
 
     def _own_stream(self) -> torch.cuda.Stream:

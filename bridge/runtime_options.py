@@ -31,9 +31,8 @@ class RuntimeOptions:
         share_workspace: one scratch memory, of the largest engine's size, for all engines of a call and for all CUDA
             graphs, in place of one for each.
         overlap_kernels: kernels of a CUDA graph may begin before the one ahead has ended, where the engine makes them
-            so (programmatic dependent launch). TensorRT-RTX 1.6.1 does, and replays were wrong now and then while other
-            work ran on the device (docs/runtime.md). False is meant to prevent that, takes some time, and has not run
-            on a GPU yet.
+            so (programmatic dependent launch). None is True but with TensorRT-RTX, whose replays were wrong now and
+            then that way while other work ran on the device (docs/runtime.md).
         kernel_specialization: TensorRT-RTX: what it does when it meets new sizes: "lazy" compiles kernels for them in
             the background and runs general ones meanwhile, "eager" compiles them before it runs, "none" always runs
             general ones. None is "eager" where calls may become CUDA graphs, which keep the kernels of their capture,
@@ -45,12 +44,13 @@ class RuntimeOptions:
     reuse_outputs: bool = False
     max_contexts: int = 8
     share_workspace: bool = True
-    overlap_kernels: bool = True
+    overlap_kernels: bool | None = None
     kernel_specialization: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("reuse_outputs", "share_workspace", "overlap_kernels"):
+        for name in ("reuse_outputs", "share_workspace"):
             self._need(isinstance(getattr(self, name), bool), name, "True or False")
+        self._need(self.overlap_kernels in (None, True, False), "overlap_kernels", "True, False or None")
         self._need(isinstance(self.cuda_graphs, bool) or self.cuda_graphs == "auto", "cuda_graphs", 'a bool or "auto"')
         for name in ("max_graphs", "max_contexts"):
             value = getattr(self, name)
@@ -61,6 +61,10 @@ class RuntimeOptions:
     def _need(self, condition: bool, name: str, what: str) -> None:
         if not condition:
             raise OptionError(f"{name}={getattr(self, name)!r}: must be {what}.")
+
+    def overlaps(self, backend: str) -> bool:
+        """Whether kernels of CUDA graphs may overlap in engines of a backend."""
+        return backend != "tensorrt_rtx" if self.overlap_kernels is None else self.overlap_kernels
 
     @classmethod
     def make(cls, given: Mapping[str, Any]) -> RuntimeOptions:

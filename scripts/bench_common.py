@@ -31,11 +31,12 @@ Keep = Callable[[list[Row]], None]
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"cuda_graphs": False},
     "graph": {"cuda_graphs": True},
-    "ordered": {"cuda_graphs": True, "overlap_kernels": False},
     "reused": {"cuda_graphs": True, "reuse_outputs": True},
     "bound": {"cuda_graphs": True},
+    "overlapped": {"cuda_graphs": True, "overlap_kernels": True},
 }
-"""How a program can be called, with the options of tb.load: "bound" is `EngineModule.bind`."""
+"""How a program can be called, with the options of tb.load: the last two by `EngineModule.bind`."""
+_BOUND = ("bound", "overlapped")
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def capture(run: Callable[[], list[Any]]) -> tuple[Call, list[Any]]:
+def capture(run: Callable[[], list[Any]], overlap: bool = True) -> tuple[Call, list[Any]]:
     """A function of fixed buffers as the replay of one CUDA graph; itself in a dry run.
+
+    Args:
+        run: what is captured.
+        overlap: its kernels may overlap, where they were made so.
 
     Returns:
         The call, and the tensors that it writes.
@@ -212,6 +217,8 @@ def capture(run: Callable[[], list[Any]]) -> tuple[Call, list[Any]]:
     """
     import torch
 
+    from trtbridge.bridge.cuda_driver import wait_for_ends
+
     if DRY_RUN:
         return run, run()
     stream = torch.cuda.Stream()
@@ -220,9 +227,12 @@ def capture(run: Callable[[], list[Any]]) -> tuple[Call, list[Any]]:
         for _ in range(3):  # kernels are compiled and sizes set here, which a capture does not allow
             run()
     stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph, stream=stream):
         outputs = run()
+    if not overlap:
+        wait_for_ends(graph.raw_cuda_graph())
+    graph.instantiate()
     graph.replay()
     torch.cuda.synchronize()
 
@@ -273,7 +283,7 @@ def ours(file: Path, example: Example, ways: Sequence[str] = tuple(WAYS)) -> dic
     for way in ways:
         module = tb.load(file, example.device, **WAYS[way])
         call: Call
-        if way == "bound":
+        if way in _BOUND:
             call = module.bind(*example.args, **example.kwargs)
         else:
             call = _call(module, example)

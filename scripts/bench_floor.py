@@ -11,7 +11,7 @@ from typing import Any
 
 import bench_models as models
 import torch
-from bench_common import Call, Example, Keep, Row, Settings, capture, host_us, in_turns, ours, program_file
+from bench_common import BACKEND, Call, Example, Keep, Row, Settings, capture, host_us, in_turns, ours, program_file
 from helpers import compare, leaves
 
 from trtbridge.bridge.backends import get_backend
@@ -24,7 +24,7 @@ FLOOR_BOUND = 1.02
 """Most that a call may take of the floor's time."""
 HOST_MODELS = ("one_linear", "resnet50", "twelve_plugins")
 HOST_BOUND_US = 20.0
-"""Most microseconds that a call with one input and one output may take the host."""
+"""Most microseconds that a call with one input and one output may take the host, over many calls in a row."""
 _SHORT = 50  # calls that fit into the queue of the device, so that it never holds the host
 
 
@@ -33,23 +33,26 @@ def floor(model: str, settings: Settings, keep: Keep) -> list[Row]:
     given = models.example(model, settings)
     file = program_file(settings, model)
     found = ours(file, given)
-    bare, outputs = bare_call(found["plain"].module, given)
+    floors = {}
+    for name, overlap in (("floor", RuntimeOptions().overlaps(BACKEND)), ("floor, overlapped", True)):
+        floors[name], outputs = bare_call(found["plain"].module, given, overlap)
     agreement = compare(outputs, leaves(found["plain"].call()))
-    times = in_turns({"floor": bare, **{way: one.call for way, one in found.items()}}, settings)
-    rows = [{"way": "floor", **times["floor"].to_json(), **agreement}]
+    times = in_turns({**floors, **{way: one.call for way, one in found.items()}}, settings)
+    rows = [{"way": name, **times[name].to_json(), **agreement} for name in floors]
     for way, one in found.items():
-        ratio = times[way].ms / times["floor"].ms
+        ratio = times[way].ms / times["floor, overlapped" if way == "overlapped" else "floor"].ms
         rows.append({"way": way, **times[way].to_json(), "ratio": round(ratio, 4), "refusal": one.refusal})
     keep(rows)
     return rows
 
 
-def bare_call(module: Any, given: Example) -> tuple[Call, list[torch.Tensor]]:
+def bare_call(module: Any, given: Example, overlap: bool) -> tuple[Call, list[torch.Tensor]]:
     """The floor of a program.
 
     Args:
         module: an EngineModule of it.
         given: a call.
+        overlap: kernels may overlap.
 
     Returns:
         A replay over fixed buffers, and the results that it writes, in the order of the program's.
@@ -62,7 +65,7 @@ def bare_call(module: Any, given: Example) -> tuple[Call, list[torch.Tensor]]:
     if len(program.steps) > 1:
         running = RunningProgram(program, device, module._cache_folder, options=options)
         lane = running._make_lane()
-        return capture(lambda: running._run(tensors, lane))
+        return capture(lambda: running._run(tensors, lane), overlap)
     (engine,) = program.engines
     executable = get_backend(program.backend).load(engine, device, module._cache_folder, options)
     size = executable.workspace_bytes
@@ -70,7 +73,7 @@ def bare_call(module: Any, given: Example) -> tuple[Call, list[torch.Tensor]]:
     context = executable.new_context(workspace)
     by_name = dict(zip((spec.name for spec in program.signature.inputs), tensors, strict=True))
     fixed = [by_name[spec.name].to(to_torch(spec.dtype)).contiguous() for spec in engine.inputs]
-    call, made = capture(lambda: context(fixed))
+    call, made = capture(lambda: context(fixed), overlap)
     results = dict(zip((spec.name for spec in engine.outputs), made, strict=True)) | by_name
     results |= {name: tensor.to(device) for name, tensor in program.constants.items()}
     outputs = program.signature.outputs
@@ -96,21 +99,25 @@ def floor_wrong(rows: Sequence[Row]) -> list[str]:
     """What exceeds its bound, or is not the same result."""
     wrong = []
     for row in rows:
-        if row["way"] == "floor" and row["cosine"] < 0.999:
-            wrong.append(f"floor, {row['unit']}: its results are not those of a call (cosine {row['cosine']:.6f})")
-        if row["way"] != "floor" and row.get("refusal"):
+        if row["way"].startswith("floor") and row["cosine"] < 0.999:
+            wrong.append(
+                f"{row['way']}, {row['unit']}: its results are not those of a call (cosine {row['cosine']:.6f})"
+            )
+        if row.get("refusal"):
             wrong.append(f"floor, {row['unit']}, {row['way']}: no CUDA graph: {row['refusal']}")
     for unit in dict.fromkeys(row["unit"] for row in rows):
-        best = min((row["ratio"] for row in rows if row["unit"] == unit and "ratio" in row), default=1.0)
-        if best > FLOOR_BOUND:
-            wrong.append(f"floor, {unit}: the fastest way takes {best:.3f} of the floor's time")
+        ratios = {row["way"]: row["ratio"] for row in rows if row["unit"] == unit and "ratio" in row}
+        overlapped = ratios.pop("overlapped", 1.0)
+        for kind, ratio in (("fastest", min(ratios.values(), default=1.0)), ("overlapped", overlapped)):
+            if ratio > FLOOR_BOUND:
+                wrong.append(f"floor, {unit}: the {kind} way takes {ratio:.3f} of the floor's time")
     return wrong
 
 
 def host_wrong(rows: Sequence[Row]) -> list[str]:
     """Ways with a CUDA graph that take the host too long; of a model whose device time cannot hold the host."""
     return [
-        f"host, {row['unit']}, {row['way']}: {row['us_short']:.1f} µs a call"
+        f"host, {row['unit']}, {row['way']}: {row['us']:.1f} µs a call"
         for row in rows
-        if row["unit"] == "one_linear" and row["way"] != "plain" and row["us_short"] > HOST_BOUND_US
+        if row["unit"] == "one_linear" and row["way"] != "plain" and row["us"] > HOST_BOUND_US
     ]

@@ -19,6 +19,7 @@ _ELEMENTWISE = {
     "Abs", "Add", "Cast", "Clip", "Div", "Erf", "Exp", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "Relu",
     "Reshape", "Sigmoid", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
+_MOVING = {"Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 _REDUCING = {
     "ArgMax", "ArgMin", "CumSum", "GroupNormalization", "Hardmax", "InstanceNormalization", "LayerNormalization",
     "LogSoftmax", "LpNormalization", "MeanVarianceNormalization", "RMSNormalization", "Softmax", "TopK",
@@ -153,10 +154,9 @@ def lift_products(graph: onnx.GraphProto, facts: Facts) -> Instead:
         if constant is None or turned is None or turned.op_type != "Transpose" or turned.domain:
             continue
         rank = len(constant.dims)
-        order = next((list(attribute.ints) for attribute in turned.attribute if attribute.name == "perm"), [])
-        if not 3 <= rank <= MOST_AXES or order != [*range(rank - 2), rank - 1, rank - 2]:
+        if not 3 <= rank <= MOST_AXES or _order(turned) != _swap(rank):
             continue
-        swapped = [*range(rank - 1), rank, rank - 1]
+        swapped = _swap(rank + 1)
         name, made = f"{node.name}{SUFFIX}", f"{node.output[0]}{SUFFIX}"
         instead.nodes[index] = [
             helper.make_node("Unsqueeze", [constant.name, axis.name], [f"{made}.c"], f"{name}.c"),
@@ -168,6 +168,78 @@ def lift_products(graph: onnx.GraphProto, facts: Facts) -> Instead:
     if instead.nodes:
         instead.constants.append(axis)
     return instead
+
+
+def lift_transposes(graph: onnx.GraphProto, facts: Facts) -> Instead:
+    """Tokens behind attention that are read across get one more axis.
+
+    ::
+
+        Transpose(x (B, T, C))      Squeeze(Transpose(Unsqueeze(x)))
+
+    As with `lift_products`: the compiler keeps x as (T, B, C), and reads place t of that as token t of each image, into
+    a result, a sum, a reshape or a convolution over the sequence (a linear layer on a BERT, with fixed sizes). With x
+    as a result, too, it is right; with an Einsum, two Transposes, or the linear layer over rows it is as wrong.
+    """
+    instead = Instead({}, [])
+    behind: set[str] = set()
+    axis = numpy_helper.from_array(np.array([1], np.int64), f"trtbridge{SUFFIX}.token_axis")
+    for index, node in enumerate(graph.node):
+        if node.op_type not in ("Softmax", "Attention") and behind.isdisjoint(node.input):
+            continue
+        behind.update(node.output)
+        if node.op_type != "Transpose" or node.domain or _order(node) != _swap(3):
+            continue
+        if not _is_projected(node.input[0], facts) or not _is_read_across(node, facts):
+            continue
+        name, made = f"{node.name}{SUFFIX}", f"{node.output[0]}{SUFFIX}"
+        instead.nodes[index] = [
+            helper.make_node("Unsqueeze", [node.input[0], axis.name], [f"{made}.x"], f"{name}.x"),
+            helper.make_node("Transpose", [f"{made}.x"], [f"{made}.turned"], f"{name}.turn", perm=_swap(4)),
+            helper.make_node("Squeeze", [f"{made}.turned", axis.name], [node.output[0]], node.name),
+        ]
+    if instead.nodes:
+        instead.constants.append(axis)
+    return instead
+
+
+def _order(node: onnx.NodeProto) -> list[int]:
+    return next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
+
+
+def _swap(rank: int) -> list[int]:
+    """The order of axes in which the last two change places."""
+    return [*range(rank - 2), rank - 1, rank - 2]
+
+
+def _is_projected(name: str, facts: Facts) -> bool:
+    """Whether elementwise ops make a tensor of what a linear layer gives: what comes of a norm is right."""
+    pending, seen = [name], {name}
+    while pending:
+        maker = facts.makers.get(pending.pop())
+        if maker is None or maker.domain:
+            continue
+        if maker.op_type == "MatMul" and _is_weight(maker.input[1], facts):
+            return True
+        if maker.op_type in _ELEMENTWISE - _MOVING | {"Gelu"}:
+            pending += [source for source in maker.input if source not in seen]
+            seen.update(maker.input)
+    return False
+
+
+def _is_weight(name: str, facts: Facts) -> bool:
+    """Whether it is an initializer, or one that a Transpose turns."""
+    maker = facts.makers.get(name)
+    turned = maker is not None and maker.op_type == "Transpose" and maker.input[0] in facts.initializers
+    return turned or name in facts.initializers
+
+
+def _is_read_across(node: onnx.NodeProto, facts: Facts) -> bool:
+    """Whether something else than a product reads it: `lift_products` takes care of those, and attention has such."""
+    readers = facts.readers.get(node.output[0], [])
+    return not readers or any(
+        reader.op_type != "MatMul" or reader.domain or reader.input[0] == node.output[0] for reader in readers
+    )
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int | None]:

@@ -9,8 +9,8 @@ no sign of any (tests/gpu/test_rtx_faults.py). The other form computes the same,
 * **A result that is never written.** Where one result of the engine is another one with its elements moved (joined
   again from slices, or reshaped to the shape that it has), the compiler drops the moves and writes only one of the two;
   the other is whatever was in memory. An Identity between the tensor and the first result is enough.
-* **Reductions of a rotation**, **convolutions of one position over few**, and **constants times transposed tokens**:
-  rtx_fault_rules.py.
+* **Reductions of a rotation**, **convolutions of one position over few**, **constants times transposed tokens**, and
+  **tokens read across**: rtx_fault_rules.py.
 * **A bias that is forgotten** before an activation that is multiplied, and **images with a number added**:
   rtx_epilogues.py.
 
@@ -25,7 +25,7 @@ from onnx import helper, numpy_helper
 
 from ..model import iterate_nodes
 from .rtx_epilogues import add_apart, scale_apart
-from .rtx_fault_rules import MOST_AXES, Facts, lift_products, multiply_pointwise, turn_by_index
+from .rtx_fault_rules import MOST_AXES, Facts, lift_products, lift_transposes, multiply_pointwise, turn_by_index
 from .rtx_fault_rules import SUFFIX as _SUFFIX
 from .rtx_slow_rules import cut_reductions
 
@@ -60,7 +60,9 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
     }
     results = _moved_results(graph)
     facts = Facts(graph)
-    rules = (turn_by_index, multiply_pointwise, lift_products, scale_apart, add_apart, cut_reductions)
+    rules = (
+        turn_by_index, multiply_pointwise, lift_products, lift_transposes, scale_apart, add_apart, cut_reductions
+    )  # fmt: skip
     rewritten = [rule(graph, facts) for rule in rules]
     instead = {index: made for rule in rewritten for index, made in rule.nodes.items()}
     constants = {tensor.name: tensor for rule in rewritten for tensor in rule.constants}

@@ -138,12 +138,12 @@ def test_memory_that_is_refused_is_asked_for_again() -> None:
 def test_kernels_wait_for_the_end_of_the_one_ahead() -> None:
     driver = FakeDriver()
     driver.edges = [(1, 2, (1, 0, 1)), (2, 3, (0, 0, 0)), (3, 4, (1, 0, 1))]
-    assert wait_for_ends(driver, driver) == 2
+    assert wait_for_ends(driver.raw_cuda_graph(), driver) == 2
     assert sorted(driver.edges) == [(1, 2, (0, 0, 0)), (2, 3, (0, 0, 0)), (3, 4, (0, 0, 0))]
-    assert wait_for_ends(driver, driver) == 0
+    assert wait_for_ends(driver.raw_cuda_graph(), driver) == 0
     driver.edges, driver.refused = [(1, 2, (1, 0, 1))], {1}
     with pytest.raises(DriverError, match="cuGraphAddDependencies failed with CUresult 1"):
-        wait_for_ends(driver, driver)
+        wait_for_ends(driver.raw_cuda_graph(), driver)
 
 
 def captured_double(driver: FakeDriver, fresh: bool) -> Captured:

@@ -6,7 +6,6 @@ What the capturer does with CUDA is tested in tests/gpu/test_calls.py.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 from collections.abc import Sequence
 from typing import Any, cast
@@ -20,7 +19,6 @@ from trtbridge.bridge.cuda_driver import DriverError
 from trtbridge.bridge.cuda_graphs import GraphCache
 from trtbridge.bridge.graph_capture import Captured, Capturer, Copies
 from trtbridge.bridge.program import EngineStep, Program
-from trtbridge.bridge.replay_streams import ReplayStreams
 from trtbridge.bridge.runtime_steps import capture_problem
 
 
@@ -29,12 +27,9 @@ class Order:
 
     def __init__(self) -> None:
         self.log: list[str] = []
-        self.stream = self.last = 0
 
-    def enter(self) -> bool:
+    def enter(self) -> None:
         self.log.append("enter")
-        switched, self.last = self.last != self.stream, self.stream
-        return switched
 
     def leave(self) -> None:
         self.log.append("leave")
@@ -240,32 +235,6 @@ def test_a_bound_call_reads_the_callers_own_tensors() -> None:
     assert len(cache) == 0, "it takes no place of the others"
 
 
-def test_replays_on_several_streams_are_told_of_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of two modules, whose replays nothing puts in order."""
-    current = [1]
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 10 * index + current[0], raising=False)
-    streams = ReplayStreams()
-    caches = []
-    for _ in range(2):
-        capturer = FakeCapturer()
-        caches.append((_cache(capturer), capturer.order))
-        caches[-1][0].on_stream = functools.partial(streams.note, torch.device("cuda", 0))
-    bound = caches[0][0].bind(_x(2))
-    assert bound is not None
-    for stream, warned in ((1, 0), (1, 0), (2, 1), (1, 1), (3, 1)):
-        for cache, order in caches:
-            current[0] = order.stream = stream
-            for _ in range(3):
-                _call(cache, 4)
-        caches[0][0].replay_bound(bound)
-        assert caplog.text.count("CUDA graphs are replayed on several streams of cuda:0") == warned
-    current[0] = 1
-    streams.note(torch.device("cuda", 1))
-    assert caplog.text.count("several streams") == 1, "another device has streams of its own"
-
-
 def test_clear_lets_go_of_all() -> None:
     capturer = FakeCapturer()
     cache = _cache(capturer)
@@ -350,7 +319,7 @@ def test_on_a_cpu_there_are_none_and_a_warning_says_so(caplog: pytest.LogCapture
         ({"max_graphs": 0}, "max_graphs=0: must be an int above 0"),
         ({"max_contexts": True}, "max_contexts=True"),
         ({"reuse_outputs": 1}, "reuse_outputs=1: must be True or False"),
-        ({"overlap_kernels": None}, "overlap_kernels=None: must be True or False"),
+        ({"overlap_kernels": "auto"}, "overlap_kernels='auto': must be True, False or None"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, Any], words: str) -> None:

@@ -36,6 +36,15 @@ FAULTY |= {
     "constants times transposed tokens": (
         "y = Reshape(x, tokens) t = Transpose<perm = [0, 2, 1]>(y) v = MatMul(queries, t) i = Neg(y)"
     ),
+    "tokens that are read across": (
+        "y = Reshape(x, tokens) s = Softmax(y) p = MatMul(s, five_by_two) q = Add(p, bias) r = Erf(q) "
+        "t = Transpose<perm = [0, 2, 1]>(r) v = Neg(t) i = Exp(r)"
+    ),
+    "tokens across as a result": (
+        "y = Reshape(x, tokens) s = Softmax(y) w = Transpose(two_by_five) p = MatMul(s, w) "
+        "v = Transpose<perm = [0, 2, 1]>(p) "
+        "i = MatMul(v, s)"
+    ),
     "a convolution of one position": (
         "y = Reshape(x, image) v = Conv(y, filter, bias) i = Conv<kernel_shape = [1, 1]>(y, filter)"
     ),
@@ -61,6 +70,18 @@ FINE = {
         "y = Reshape(x, turned) t = Transpose<perm = [1, 0, 2]>(y) u = Reshape(t, turned) v = MatMul(queries, u) "
         "i = Neg(y)"
     ),
+    "tokens across ahead of attention": (
+        "y = Reshape(x, tokens) p = MatMul(y, five_by_two) t = Transpose<perm = [0, 2, 1]>(p) v = Softmax(t) i = Neg(y)"
+    ),
+    "tokens times tokens across": (
+        "y = Reshape(x, tokens) s = Softmax(y) p = MatMul(s, five_by_two) t = Transpose<perm = [0, 2, 1]>(p) "
+        "v = MatMul(p, t) i = Neg(s)"
+    ),
+    "heads across": (
+        "y = Reshape(x, tokens) s = Softmax(y) p = MatMul(s, five_by_two) r = Reshape(p, tokens2) "
+        "t = Transpose<perm = [0, 2, 1]>(r) v = Neg(t) i = Neg(s)"
+    ),
+    "a norm across": ("y = Reshape(x, tokens) s = Softmax(y) t = Transpose<perm = [0, 2, 1]>(s) v = Neg(t) i = Neg(s)"),
     "eight axes": "u = Reshape(x, long) w, j = TopK(u, one) v = Neg(w) i = Neg(j)",
 }
 
@@ -71,7 +92,7 @@ def model(body: str) -> onnx.ModelProto:
     int64[8] long = {{1, 1, 1, 1, 1, 1, 3, 5}}, int64[2] shape = {{3, 5}}, int64[4] image = {{1, 1, 3, 5}},
     int64[4] column = {{1, 15, 1, 1}}, float[2,1,1,1] filter = {{2, -3}}, float[2] bias = {{1, 0.5}},
     float[1,15,1,1] w15 = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6}},
-    int64[3] tokens = {{1, 3, 5}}, int64[3] turned = {{1, 5, 3}},
+    int64[3] tokens = {{1, 3, 5}}, int64[3] tokens2 = {{1, 2, 3}}, int64[3] turned = {{1, 5, 3}},
     float[2,5] two_by_five = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 1}},
     float[2,2,5] queries = {{1, -2, 3, 4, 5, 6, 7, -8, 9, 1, 3, 2, 1, 5, 4, 2, -2, 1, 0, 1}},
     float[5,2] five_by_two = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 1}}> {{ {body} }}"""

@@ -287,7 +287,7 @@ def test_learned_queries_behind_attention(form: str, backend: str, device: torch
 
 
 class Text(torch.nn.Module):
-    """Tokens behind a BERT, read across: there the same is wrong of a Transpose alone."""
+    """Tokens behind a BERT, read across: there the same was wrong of a Transpose alone."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -300,26 +300,33 @@ class Text(torch.nn.Module):
         )
         self.bert, self.project = BertModel(config, add_pooling_layer=False), torch.nn.Linear(64, 64)
         self.queries, self.filter = torch.nn.Parameter(torch.randn(20, 64)), torch.nn.Conv1d(64, 32, 3, padding=1)
+        self.mixed, self.other = torch.nn.Linear(16, 8), torch.nn.Linear(64, 64)
 
     def forward(
         self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
-        across = self.project(self.bert(ids, mask, None, places).last_hidden_state).transpose(-1, -2)
+        hidden = self.bert(ids, mask, None, places).last_hidden_state
+        across = self.project(hidden).transpose(-1, -2)
         if self.form == "queries":  # padded as in Grounding DINO
             padded = torch.full((2, 20, 32), float("-inf"), device=across.device)
             scores = self.queries.unsqueeze(0).repeat(2, 1, 1) @ across
             padded[..., :16] = scores.masked_fill(~tokens[:, None, :], float("-inf"))
             return padded
-        return self.filter(across) if self.form == "convolution" else across
+        forms = {
+            "convolution": lambda: self.filter(across),
+            "linear": lambda: self.mixed(across),
+            "scores": lambda: self.other(hidden) @ across,
+            "sum": lambda: across.sum(-1),
+            "flat": lambda: across.flatten(1),
+            "result": lambda: across,
+        }
+        return forms[self.form]()
 
 
-@pytest.mark.parametrize("form", ["queries", "convolution", "result"])
-def test_tokens_of_a_text_encoder_read_across(
-    form: str, backend: str, device: torch.device, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize("form", ["queries", "convolution", "linear", "scores", "sum", "flat", "result"])
+def test_tokens_of_a_text_encoder_read_across(form: str, backend: str, device: torch.device) -> None:
     pytest.importorskip("transformers")
-    if form != "queries" and backend == "tensorrt_rtx":
-        request.applymarker(pytest.mark.xfail(reason="not worked round yet (docs/wrong-results.md)", strict=True))
+    bound = 1e-2 if form == "convolution" else 1e-4  # torch's are of TF32
     module = Text(form).eval().to(device)
     fixed = (
         torch.ones(2, 1, 16, 16, dtype=torch.bool, device=device),
@@ -330,4 +337,4 @@ def test_tokens_of_a_text_encoder_read_across(
     for _ in range(3):
         ids = torch.randint(1, 100, (2, 16), device=device)
         with torch.no_grad():
-            torch.testing.assert_close(converted(ids, *fixed), module(ids, *fixed), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(converted(ids, *fixed), module(ids, *fixed), rtol=bound, atol=bound)

@@ -73,9 +73,9 @@ def test_every_part(tmp_path: Path) -> None:
     assert record["made"]["twelve_plugins"]["plugins"] == 12
     rows = {part: {row["way"]: row for row in record["rows"] if row["part"] == part} for part in
             ("floor", "host", "shapes", "threads", "life", "beside", "where", "gpus")}  # fmt: skip
-    assert list(rows["floor"]) == ["floor", "plain", "graph", "ordered", "reused", "bound"]
+    assert list(rows["floor"]) == ["floor", "floor, overlapped", "plain", "graph", "reused", "bound", "overlapped"]
     assert rows["floor"]["floor"]["cosine"] > 0.99999, "the floor computes what a call does"
-    assert all(row["ratio"] > 0 for way, row in rows["floor"].items() if way != "floor")
+    assert all(row["ratio"] > 0 for way, row in rows["floor"].items() if not way.startswith("floor"))
     assert all(row["us"] > 0 and row["us_short"] > 0 for row in rows["host"].values())
     assert rows["shapes"]["in turn"]["captures"] == [0] * 4
     assert rows["shapes"]["random"]["calls"] == 20
@@ -102,7 +102,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert done.returncode in (0, 1), done.stderr  # times of a busy CPU may be out of bounds
     assert "one_linear: converted" in done.stdout
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [row["way"] for row in rows[:5]] == ["plain", "graph", "ordered", "reused", "bound"]
+    assert [row["way"] for row in rows[:5]] == ["plain", "graph", "reused", "bound", "overlapped"]
     assert rows[5]["skipped"]
 
 
@@ -137,7 +137,7 @@ def test_a_run_goes_on_where_it_was(bench: ModuleType, tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):  # cases come in the zoo's order: unet, gpt2, one_linear
         bench.bench(options, settings)
     monkeypatch.setattr(
-        bench, "run_unit", lambda part, unit, *rest: measured.append((part, unit)) or [{"way": "x", "us_short": 1.0}]
+        bench, "run_unit", lambda part, unit, *rest: measured.append((part, unit)) or [{"way": "x", "us": 1.0}]
     )
     assert measured == [("host", "unet")]
     assert bench.bench(options, settings) == 1
@@ -190,9 +190,11 @@ def test_what_is_out_of_bounds(bench: ModuleType) -> None:
     assert problems(*good) == []
     slow = [floor_row("floor", 1.0), floor_row("plain", 2.0), floor_row("bound", 1.05)]
     assert problems(*slow) == ["floor, net: the fastest way takes 1.050 of the floor's time"]
+    lapped = floor_row("overlapped", 1.05)
+    assert problems(*good, lapped) == ["floor, net: the overlapped way takes 1.050 of the floor's time"]
     other = floor_row("floor", 1.0) | {"cosine": 0.5}
     assert problems(other) == ["floor, net: its results are not those of a call (cosine 0.500000)"]
-    host = {"part": "host", "unit": "one_linear", "way": "graph", "us": 90.0, "us_short": 21.0, "calls": 1000}
+    host = {"part": "host", "unit": "one_linear", "way": "graph", "us": 21.0, "us_short": 90.0, "calls": 1000}
     assert problems(host, host | {"way": "plain"}, host | {"unit": "resnet50"}) == [
         "host, one_linear, graph: 21.0 µs a call"
     ]
@@ -205,6 +207,7 @@ def test_what_is_out_of_bounds(bench: ModuleType) -> None:
     assert problems({**crowd, "ratio": 1.0, "differ": 0.005}) == [
         "threads, net, one module, cuda_graphs=True: 0.50 % of the results are not what the module gives alone"
     ]
+    assert problems({**crowd, "ratio": 1.0, "differ": 0.005, "cuda_graphs": "True, overlapped"}) == []
     refit = {"part": "life", "unit": "net", "way": "refit", "cosine": 1.0, "ratio": 0.2}
     assert problems(refit) == ["life, net: a refit takes 0.200 of a full convert"]
     left_out = {"part": "life", "unit": "net", "way": "refit", "skipped": "no refit"}
