@@ -148,6 +148,8 @@ def wait_for_ends(graph: int, driver: Any = None) -> int:
     driver = driver or library()
     whole, count = ctypes.c_void_p(graph), ctypes.c_size_t()
     _check(driver.cuGraphGetEdges_v2(whole, None, None, None, ctypes.byref(count)), "cuGraphGetEdges")
+    if not count.value:
+        return 0  # a single kernel; the next call would take that for a mistake
     handles, kinds = ctypes.c_void_p * count.value, EdgeData * count.value
     begins, ends, data = handles(), handles(), kinds()
     _check(driver.cuGraphGetEdges_v2(whole, begins, ends, data, ctypes.byref(count)), "cuGraphGetEdges")

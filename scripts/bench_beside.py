@@ -3,18 +3,19 @@
 torch.compile runs in its modes "reduce-overhead" and "max-autotune": both of them use CUDA graphs, and the second tunes
 kernels besides, for a minute or more a model ("max-autotune-no-cudagraphs" has none and is not measured). Whatever
 compiles comes last, and what was measured before it is written down first: a unit that is killed for time keeps that.
+"reduce-overhead" tunes next to nothing by measuring, so it compiles before the unit waits for its turn on the GPU
+(TRTBRIDGE_BENCH_LOCK).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import bench_models as models
 import torch
-from bench_common import DRY_RUN, Call, Example, Keep, Row, Settings, capture, in_turns, ours, program_file
+from bench_common import DRY_RUN, Call, Example, Keep, Row, Settings, alone, capture, in_turns, ours, program_file
 from helpers import compare, leaves
 
 BATCHES = (1, models.MOST_BATCH)
@@ -22,6 +23,8 @@ BASE = "graph"
 """Our way that the others are multiples of: cuda_graphs=True with fresh results."""
 LEAST_COSINE = 0.99
 _OURS = ("plain", "graph", "bound")
+_UNTUNED = ("reduce-overhead",)
+_Make = Callable[[], tuple[Call, Any]]
 
 
 def units(names: Sequence[str], batches: Sequence[int]) -> list[str]:
@@ -37,16 +40,29 @@ def beside(unit: str, settings: Settings, keep: Keep) -> list[Row]:
     torch.backends.cudnn.benchmark = True  # eager's best
     torch.set_grad_enabled(False)
     expected = [tensor.clone() for tensor in leaves(module(*given.args, **given.kwargs))]
+    early = {mode: _kept(_inductor, module, given, mode) for mode in settings.inductor if mode in _UNTUNED}
+    with alone():
+        return _in_turn(model, settings, given, keep, expected, _others(module, given, settings, early))
+
+
+def _in_turn(
+    model: str,
+    settings: Settings,
+    given: Example,
+    keep: Keep,
+    expected: list[torch.Tensor],
+    others: Iterator[tuple[str, _Make]],
+) -> list[Row]:
+    """Ours, then others, each beside ours as soon as it is there, and all in turns at the end."""
     rows: dict[str, Row] = {}
     calls: dict[str, Call] = {}
 
-    def add(way: str, make: Callable[[], tuple[Call, Any]]) -> None:
+    def add(way: str, make: _Make) -> None:
         row: Row = {"way": way, "error": ""}
         rows[way] = row
-        started = time.perf_counter()
         try:
             call, results = make()
-            row |= {"first_s": round(time.perf_counter() - started, 2), **compare(leaves(results), expected)}
+            row |= compare(leaves(results), expected)
             calls[way] = call
             timed = in_turns({BASE: calls[BASE], way: call} if BASE in calls else {way: call}, settings)
             row |= timed[way].to_json()
@@ -57,7 +73,7 @@ def beside(unit: str, settings: Settings, keep: Keep) -> list[Row]:
 
     for way in _OURS:
         add(way, lambda way=way: _ours(model, settings, given, way, rows[way]))
-    for way, make in _others(module, given, settings):
+    for way, make in others:
         add(way, make)
     if any(way.startswith("inductor") for way in calls):
         # Its CUDA graphs let go of cuBLAS's workspaces, which a graph that was captured before still writes to.
@@ -86,10 +102,24 @@ def _ours(model: str, settings: Settings, given: Example, way: str, row: Row) ->
     return one.call, one.call()
 
 
+def _kept(make: Callable[..., tuple[Call, Any]], *args: Any) -> _Make:
+    """What a function returns or raises now, as a function."""
+    try:
+        made = make(*args)
+    except Exception as error:
+        problem = error
+
+        def fail() -> tuple[Call, Any]:
+            raise problem
+
+        return fail
+    return lambda: made
+
+
 def _others(
-    module: torch.nn.Module, given: Example, settings: Settings
-) -> Iterator[tuple[str, Callable[[], tuple[Call, Any]]]]:
-    """Each way of others, quickest to make first."""
+    module: torch.nn.Module, given: Example, settings: Settings, early: Mapping[str, _Make]
+) -> Iterator[tuple[str, _Make]]:
+    """Each way of others, quickest to make first; of some modes it was made early."""
 
     def call() -> Any:
         return module(*given.args, **given.kwargs)
@@ -99,7 +129,7 @@ def _others(
     if importlib.util.find_spec("torch_tensorrt"):
         yield "torch_tensorrt", lambda: _torch_tensorrt(module, given)
     for mode in settings.inductor:
-        yield f"inductor {mode}", lambda mode=mode: _inductor(module, given, mode)
+        yield f"inductor {mode}", early.get(mode) or (lambda mode=mode: _inductor(module, given, mode))
 
 
 def _inductor(module: torch.nn.Module, given: Example, mode: str) -> tuple[Call, Any]:

@@ -67,6 +67,8 @@ class FakeDriver:
         return 0
 
     def cuGraphGetEdges_v2(self, graph: Any, begins: Any, ends: Any, data: Any, count: Any) -> int:  # noqa: N802
+        if begins is not None and not count._obj.value:
+            return 1
         count._obj.value = len(self.edges)
         for place, (first, second, kind) in enumerate(self.edges if begins is not None else ()):
             begins[place], ends[place], data[place] = first, second, EdgeData(*kind)
@@ -141,6 +143,8 @@ def test_kernels_wait_for_the_end_of_the_one_ahead() -> None:
     assert wait_for_ends(driver.raw_cuda_graph(), driver) == 2
     assert sorted(driver.edges) == [(1, 2, (0, 0, 0)), (2, 3, (0, 0, 0)), (3, 4, (0, 0, 0))]
     assert wait_for_ends(driver.raw_cuda_graph(), driver) == 0
+    driver.edges = []
+    assert wait_for_ends(driver.raw_cuda_graph(), driver) == 0, "a graph of one node"
     driver.edges, driver.refused = [(1, 2, (1, 0, 1))], {1}
     with pytest.raises(DriverError, match="cuGraphAddDependencies failed with CUresult 1"):
         wait_for_ends(driver.raw_cuda_graph(), driver)

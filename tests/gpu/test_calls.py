@@ -443,6 +443,16 @@ def test_a_copy_has_graphs_of_its_own(make: Make, eager: Net, cuda: torch.device
         close(copied(*given), eager, given)
 
 
+def test_a_graph_of_one_kernel(backend: str, cuda: torch.device) -> None:
+    """Nothing in it waits for anything: the driver takes a question for its dependencies for a mistake."""
+    layer, x = torch.nn.Linear(64, 64).to(cuda), torch.randn(8, 64, device=cuda)
+    module = tb.convert(layer, (x,), backend=backend, cuda_graphs=True)
+    call = module.bind(x)
+    with torch.no_grad():
+        torch.testing.assert_close(call(), layer(x), rtol=1e-2, atol=1e-2)  # TF32
+    assert module.stats().graph_replays == 1
+
+
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "own"])
 def test_a_dropped_module_frees_its_memory_at_once(make: Make, eager: Net, cuda: torch.device, share: bool) -> None:
     """Without the garbage collector. The first of the two lives is for what libraries keep for good."""
