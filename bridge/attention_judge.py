@@ -19,6 +19,7 @@ import torch
 
 from ..errors import BuildError, TrtBridgeError, UnsupportedOpError
 from ..plugins.captures import capturing
+from ..plugins.streams import own_stream
 from .atomic import write_atomically
 from .attention_blocks import BlockPair
 from .backends.base import Backend, BuildOptions, Context, Engine
@@ -247,7 +248,7 @@ def make_judge(backend: Backend, options: BuildOptions, folder: Path | None, may
 def cuda_clock(backend: Backend, engines: Sequence[Engine]) -> list[float]:
     """Median latency of each engine in ms: CUDA graph replays timed by events, the engines in turns."""
     device = torch.device("cuda", torch.cuda.current_device())
-    stream = torch.cuda.Stream(device)
+    stream = own_stream(device)
     values: dict[str, torch.Tensor] = {}
     calls = []
     with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):

@@ -6,16 +6,12 @@ Functions of cuda.h, by ctypes; handles of the runtime, which torch uses, are th
 from __future__ import annotations
 
 import ctypes
-import functools
-import sys
 from typing import Any, Protocol
+
+from ..plugins.driver import DriverError, check, library
 
 _MEMCPY_NODE = 1  # CU_GRAPH_NODE_TYPE_MEMCPY
 _PROGRAMMATIC = 1  # CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
-
-
-class DriverError(RuntimeError):
-    """The driver refuses, or is another one than this was written for."""
 
 
 class Memcpy(ctypes.Structure):
@@ -68,7 +64,7 @@ class CopyNode:
 
     def __init__(self, driver: Any, executable: ctypes.c_void_p, node: ctypes.c_void_p, memcpy: Memcpy) -> None:
         context = ctypes.c_void_p()
-        _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+        check(driver.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
         self._set = driver.cuGraphExecMemcpyNodeSetParams
         self._memcpy = memcpy
         self._arguments = (executable, node, ctypes.byref(memcpy), context)
@@ -93,7 +89,7 @@ class CopyNode:
         status = self._set(*self._arguments)
         if status:
             self._memcpy.source = self._memcpy.target = 0  # whatever comes next is another
-            _check(status, "cuGraphExecMemcpyNodeSetParams")
+            check(status, "cuGraphExecMemcpyNodeSetParams")
 
 
 def copy_nodes(graph: Graph, ends: list[tuple[int, int]], driver: Any = None) -> list[CopyNode]:
@@ -109,15 +105,15 @@ def copy_nodes(graph: Graph, ends: list[tuple[int, int]], driver: Any = None) ->
     """
     driver = driver or library()
     whole, count = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t()
-    _check(driver.cuGraphGetNodes(whole, None, ctypes.byref(count)), "cuGraphGetNodes")
+    check(driver.cuGraphGetNodes(whole, None, ctypes.byref(count)), "cuGraphGetNodes")
     handles = (ctypes.c_void_p * count.value)()
-    _check(driver.cuGraphGetNodes(whole, handles, ctypes.byref(count)), "cuGraphGetNodes")
+    check(driver.cuGraphGetNodes(whole, handles, ctypes.byref(count)), "cuGraphGetNodes")
     found: dict[tuple[int, int], list[tuple[ctypes.c_void_p, Memcpy]]] = {}
     for handle in handles:
         node, kind, memcpy = ctypes.c_void_p(handle), ctypes.c_int(), Memcpy()
-        _check(driver.cuGraphNodeGetType(node, ctypes.byref(kind)), "cuGraphNodeGetType")
+        check(driver.cuGraphNodeGetType(node, ctypes.byref(kind)), "cuGraphNodeGetType")
         if kind.value == _MEMCPY_NODE:
-            _check(driver.cuGraphMemcpyNodeGetParams(node, ctypes.byref(memcpy)), "cuGraphMemcpyNodeGetParams")
+            check(driver.cuGraphMemcpyNodeGetParams(node, ctypes.byref(memcpy)), "cuGraphMemcpyNodeGetParams")
             found.setdefault((memcpy.source or 0, memcpy.target or 0), []).append((node, memcpy))
     executable = ctypes.c_void_p(graph.raw_cuda_graph_exec())
     nodes = []
@@ -147,20 +143,20 @@ def wait_for_ends(graph: int, driver: Any = None) -> int:
     """
     driver = driver or library()
     whole, count = ctypes.c_void_p(graph), ctypes.c_size_t()
-    _check(driver.cuGraphGetEdges_v2(whole, None, None, None, ctypes.byref(count)), "cuGraphGetEdges")
+    check(driver.cuGraphGetEdges_v2(whole, None, None, None, ctypes.byref(count)), "cuGraphGetEdges")
     if not count.value:
         return 0  # a single kernel; the next call would take that for a mistake
     handles, kinds = ctypes.c_void_p * count.value, EdgeData * count.value
     begins, ends, data = handles(), handles(), kinds()
-    _check(driver.cuGraphGetEdges_v2(whole, begins, ends, data, ctypes.byref(count)), "cuGraphGetEdges")
+    check(driver.cuGraphGetEdges_v2(whole, begins, ends, data, ctypes.byref(count)), "cuGraphGetEdges")
     early = [place for place in range(count.value) if data[place].kind == _PROGRAMMATIC]
     if early:
         number = ctypes.c_size_t(len(early))
         nodes = ctypes.c_void_p * len(early)
         first, second = nodes(*(begins[place] for place in early)), nodes(*(ends[place] for place in early))
         these = (EdgeData * len(early))(*(data[place] for place in early))
-        _check(driver.cuGraphRemoveDependencies_v2(whole, first, second, these, number), "cuGraphRemoveDependencies")
-        _check(driver.cuGraphAddDependencies_v2(whole, first, second, None, number), "cuGraphAddDependencies")
+        check(driver.cuGraphRemoveDependencies_v2(whole, first, second, these, number), "cuGraphRemoveDependencies")
+        check(driver.cuGraphAddDependencies_v2(whole, first, second, None, number), "cuGraphAddDependencies")
     return len(early)
 
 
@@ -179,18 +175,3 @@ def capture_of(stream: int) -> tuple[int, int]:
         ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), ctypes.byref(graph), None, None
     )
     return number.value, graph.value or 0
-
-
-@functools.cache
-def library() -> Any:
-    """The driver. Its calls keep Python's lock: they are short, and to give it away and wait for it is not."""
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        return ctypes.PyDLL(name)
-    except OSError as error:
-        raise DriverError(f"{name} cannot be loaded: {error}") from error
-
-
-def _check(status: int, function: str) -> None:
-    if status:
-        raise DriverError(f"{function} failed with CUresult {status}")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .cuda_driver import DriverError
+from ..plugins.driver import DriverError
 from .graph_capture import Captured, Capturer
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from ..plugins.captures import capturing
-from .cuda_driver import CopyNode, DriverError, copy_nodes, wait_for_ends
+from ..plugins.driver import DriverError
+from ..plugins.streams import own_stream
+from .cuda_driver import CopyNode, copy_nodes, wait_for_ends
 from .lanes import Lane, LaneMaker, StreamOrder
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ class Capturer:
         self._has_workspace = False  # made with the first graph; `order` has it
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = own_stream(device)
         self._spare: list[Lane] = []  # of graphs that are gone: contexts that have their kernels
 
     def capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True, fresh_outputs: bool = False) -> Captured:
@@ -182,7 +184,7 @@ class Capturer:
             with capturing(graph, self._device, self._pool, self._stream):
                 outputs = run()
         except BaseException:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), own_stream(self._device)
             raise
         if not self._overlap:
             logger.debug("%d kernels of a CUDA graph wait for the one ahead", wait_for_ends(graph.raw_cuda_graph()))

@@ -13,10 +13,12 @@ import torch
 
 from ..errors import ExecutionError
 from ..plugins.captures import wait_for_device
+from ..plugins.driver import DriverError
+from ..plugins.streams import own_stream
 from .annotation import current_mark
 from .backends import get_backend
 from .backends.base import Backend, Exchanging, Executable
-from .cuda_driver import DriverError, capture_of, wait_for_ends
+from .cuda_driver import capture_of, wait_for_ends
 from .cuda_graphs import GraphCache
 from .graph_capture import Captured, Capturer
 from .lanes import Lane, LaneMaker, LanePool
@@ -302,5 +304,5 @@ class RunningProgram:
     def _own_stream(self) -> torch.cuda.Stream:
         stream: torch.cuda.Stream | None = getattr(self._local, "stream", None)
         if stream is None:
-            stream = self._local.stream = torch.cuda.Stream()
+            stream = self._local.stream = own_stream(self.device)
         return stream

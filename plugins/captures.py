@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .streams import own_stream
+
 _one_at_a_time = threading.RLock()
 
 
@@ -34,14 +36,14 @@ def capturing(
         device: CUDA device, the current one.
         pool: of `torch.cuda.graph_pool_handle`, for the graph's memory; None for one of its own. After a failure it
             is not to be used again.
-        stream: to capture on; None for a new one.
+        stream: to capture on, which nobody else may work on (`own_stream`); None for a new one.
 
     Raises:
         Exception: what was raised inside, or a RuntimeError if something in there cannot be captured. The device has
             been waited for.
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    stream = torch.cuda.Stream(device) if stream is None else stream
+    stream = own_stream(device) if stream is None else stream
     with _one_at_a_time, _no_garbage_collection(), torch.cuda.stream(stream):
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate
@@ -73,7 +75,7 @@ def _forget(device: torch.device, pool: Any) -> None:
     with suppress(RuntimeError):  # it knows
         torch._C._cuda_endAllocateToPool(index, pool)
     # The generator learns it from the end of another capture, of one small tensor.
-    with suppress(RuntimeError), torch.cuda.stream(torch.cuda.Stream(device)):
+    with suppress(RuntimeError), torch.cuda.stream(own_stream(device)):
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="thread_local")
         torch.zeros(1, device=device)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch.overrides import get_ignored_functions, resolve_name
 
 from ..errors import PluginError
@@ -16,6 +19,9 @@ from .shipped import load_shipped
 
 _HOMES = {"onnx_node": "onnx_node", "run_program": "program"}
 """The module of this package that registers an op of the namespace ``trtbridge``, beside those that ship for users."""
+
+_TORCH_RACES = torch.__version__ < "2.13"
+_one_at_a_time = threading.RLock()
 
 PYTHON = "python"
 """Namespace of functions of torch that are no ops ("python::torch.cov")."""
@@ -66,6 +72,14 @@ def stays_out_of_graphs(name: str) -> bool:
     return unsafe is not None and unsafe in getattr(find_op(name), "tags", ())
 
 
+def _in_turn(op: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """Before 2.13 torch notes in one dict for all threads that it runs an op of `torch.library.custom_op`, and takes
+    the note out again: two at once end in a KeyError of 'custom'.
+    """
+    is_custom = isinstance(op, torch._ops.OpOverload) and op._schema.name in OPDEFS
+    return _one_at_a_time if _TORCH_RACES and is_custom else nullcontext()
+
+
 def call_op(
     op: Callable[..., Any], template: str, tensors: Sequence[torch.Tensor], device: torch.device | None
 ) -> list[torch.Tensor]:
@@ -84,4 +98,6 @@ def call_op(
     if written:
         tensors = [tensor.clone() if index in written else tensor for index, tensor in enumerate(tensors)]
     args, kwargs = decode(template, tensors, device)
-    return [*flatten_results(op(*args, **kwargs)), *(tensors[index] for index in written)]
+    with _in_turn(op):
+        results = flatten_results(op(*args, **kwargs))
+    return [*results, *(tensors[index] for index in written)]

@@ -49,14 +49,14 @@ def scale_apart(graph: onnx.GraphProto, facts: Facts) -> Instead:
             kind, source = found
             if kind == "Relu":
                 if index not in instead.nodes and len(facts.shapes.get(name, _UNKNOWN)) <= _MOST_AXES:
-                    instead.nodes[index] = _one_axis_more(node, position)
+                    instead.nodes[index] = one_axis_more(node, position)
                 continue
             last = _before_moves(name, facts)
             if places[last] not in instead.nodes:
                 made, constants = _written_out(graph.node[places[last]], kind, source, facts)
                 instead.nodes[places[last]] = made
                 instead.constants.extend(constants)
-    return _with_axis(instead)
+    return with_axis(instead)
 
 
 def add_apart(graph: onnx.GraphProto, facts: Facts) -> Instead:
@@ -79,9 +79,9 @@ def add_apart(graph: onnx.GraphProto, facts: Facts) -> Instead:
             if maker is None or maker.op_type != "Conv" or maker.domain or _is_constant(other, facts):
                 continue
             if 3 <= len(shape) <= _MOST_AXES and all(size == 1 for size in shape[1:]):
-                instead.nodes[index] = _one_axis_more(node, position)
+                instead.nodes[index] = one_axis_more(node, position)
                 break
-    return _with_axis(instead)
+    return with_axis(instead)
 
 
 def _activation(name: str, facts: Facts) -> tuple[str, str] | None:
@@ -177,7 +177,7 @@ def _is_constant(name: str, facts: Facts) -> bool:
     return name in facts.initializers or (maker is not None and maker.op_type == "Constant" and not maker.domain)
 
 
-def _one_axis_more(node: onnx.NodeProto, position: int) -> list[onnx.NodeProto]:
+def one_axis_more(node: onnx.NodeProto, position: int) -> list[onnx.NodeProto]:
     """The node on one operand with one more axis in front, which is taken off its result again."""
     name, out = f"{node.name}{SUFFIX}", f"{node.output[0]}{SUFFIX}"
     inputs = list(node.input)
@@ -222,7 +222,8 @@ def _written_out(
     return made, constants
 
 
-def _with_axis(instead: Instead) -> Instead:
+def with_axis(instead: Instead) -> Instead:
+    """The same with the constant that `one_axis_more` reads, where something does."""
     if any(_AXIS in node.input for nodes in instead.nodes.values() for node in nodes):
         instead.constants.append(numpy_helper.from_array(np.zeros(1, np.int64), _AXIS))
     return instead

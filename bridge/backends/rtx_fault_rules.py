@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 
 SUFFIX = ".trtbridge"
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     "Abs", "Add", "Cast", "Clip", "Div", "Erf", "Exp", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "Relu",
     "Reshape", "Sigmoid", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
@@ -135,31 +135,36 @@ def multiply_pointwise(graph: onnx.GraphProto, facts: Facts) -> Instead:
 
 
 def lift_products(graph: onnx.GraphProto, facts: Facts) -> Instead:
-    """Products of constants with transposed activations get one more axis.
+    """Products with transposed tokens get one more axis.
 
     ::
 
         MatMul(c (B, Q, C), Transpose(x (B, T, C)))      Squeeze(MatMul(c (B, 1, Q, C), Transpose(x (B, 1, T, C))))
 
     Behind attention the compiler keeps x as (T, B, C), and reads place t of that as token t of each image: every image
-    is given the tokens of the first ones (Grounding DINO, whose learned queries are the constant). With x first, as an
-    Einsum, or with a copy of what makes x it is as wrong; a product for each image is right, too.
+    is given the tokens of the first ones (Grounding DINO, whose learned queries are the constant c; also where c and x
+    come of the same tokens, x by a linear layer). With x first, as an Einsum, or with a copy of what makes x it is as
+    wrong; a product for each image is right, too.
     """
     instead = Instead({}, [])
+    behind = _behind_attention(graph)
     axis = numpy_helper.from_array(np.array([1], np.int64), f"trtbridge{SUFFIX}.image_axis")
     for index, node in enumerate(graph.node):
         if node.op_type != "MatMul" or node.domain:
             continue
-        constant, turned = facts.initializers.get(node.input[0]), facts.makers.get(node.input[1])
-        if constant is None or turned is None or turned.op_type != "Transpose" or turned.domain:
+        turned = facts.makers.get(node.input[1])
+        if turned is None or turned.op_type != "Transpose" or turned.domain:
             continue
-        rank = len(constant.dims)
+        constant = facts.initializers.get(node.input[0])
+        rank = len(facts.shapes.get(node.input[0], [])) if constant is None else len(constant.dims)
         if not 3 <= rank <= MOST_AXES or _order(turned) != _swap(rank):
+            continue
+        if constant is None and (turned.input[0] not in behind or not _is_projected(turned.input[0], facts)):
             continue
         swapped = _swap(rank + 1)
         name, made = f"{node.name}{SUFFIX}", f"{node.output[0]}{SUFFIX}"
         instead.nodes[index] = [
-            helper.make_node("Unsqueeze", [constant.name, axis.name], [f"{made}.c"], f"{name}.c"),
+            helper.make_node("Unsqueeze", [node.input[0], axis.name], [f"{made}.c"], f"{name}.c"),
             helper.make_node("Unsqueeze", [turned.input[0], axis.name], [f"{made}.x"], f"{name}.x"),
             helper.make_node("Transpose", [f"{made}.x"], [f"{made}.turned"], f"{name}.turn", perm=swapped),
             helper.make_node("MatMul", [f"{made}.c", f"{made}.turned"], [f"{made}.product"], f"{name}.product"),
@@ -182,13 +187,10 @@ def lift_transposes(graph: onnx.GraphProto, facts: Facts) -> Instead:
     as a result, too, it is right; with an Einsum, two Transposes, or the linear layer over rows it is as wrong.
     """
     instead = Instead({}, [])
-    behind: set[str] = set()
+    behind = _behind_attention(graph)
     axis = numpy_helper.from_array(np.array([1], np.int64), f"trtbridge{SUFFIX}.token_axis")
     for index, node in enumerate(graph.node):
-        if node.op_type not in ("Softmax", "Attention") and behind.isdisjoint(node.input):
-            continue
-        behind.update(node.output)
-        if node.op_type != "Transpose" or node.domain or _order(node) != _swap(3):
+        if node.op_type != "Transpose" or node.domain or _order(node) != _swap(3) or node.input[0] not in behind:
             continue
         if not _is_projected(node.input[0], facts) or not _is_read_across(node, facts):
             continue
@@ -201,6 +203,15 @@ def lift_transposes(graph: onnx.GraphProto, facts: Facts) -> Instead:
     if instead.nodes:
         instead.constants.append(axis)
     return instead
+
+
+def _behind_attention(graph: onnx.GraphProto) -> set[str]:
+    """The tensors that come of some Softmax, or of attention as one node."""
+    behind: set[str] = set()
+    for node in graph.node:
+        if node.op_type in ("Softmax", "Attention") or not behind.isdisjoint(node.input):
+            behind.update(node.output)
+    return behind
 
 
 def _order(node: onnx.NodeProto) -> list[int]:
@@ -221,7 +232,7 @@ def _is_projected(name: str, facts: Facts) -> bool:
             continue
         if maker.op_type == "MatMul" and _is_weight(maker.input[1], facts):
             return True
-        if maker.op_type in _ELEMENTWISE - _MOVING | {"Gelu"}:
+        if maker.op_type in ELEMENTWISE - _MOVING | {"Gelu"}:
             pending += [source for source in maker.input if source not in seen]
             seen.update(maker.input)
     return False
@@ -253,7 +264,7 @@ def _is_reduced(name: str, facts: Facts) -> bool:
         for reader in facts.readers.get(pending.pop(), ()):
             if reader.op_type in _REDUCING or reader.op_type.startswith("Reduce"):
                 return True
-            if reader.op_type in _ELEMENTWISE:
+            if reader.op_type in ELEMENTWISE:
                 new = {made for made in reader.output if made not in seen}
                 seen |= new
                 pending += new

@@ -13,6 +13,8 @@ no sign of any (tests/gpu/test_rtx_faults.py). The other form computes the same,
   **tokens read across**: rtx_fault_rules.py.
 * **A bias that is forgotten** before an activation that is multiplied, and **images with a number added**:
   rtx_epilogues.py.
+* **A convolution that joins what was made right ahead of it**, wrong while other work delays that:
+  rtx_overlap_rules.py.
 
 And what is computed right, but takes the builder minutes or hours, is written otherwise by rtx_slow_rules.py.
 """
@@ -27,6 +29,7 @@ from ..model import iterate_nodes
 from .rtx_epilogues import add_apart, scale_apart
 from .rtx_fault_rules import MOST_AXES, Facts, lift_products, lift_transposes, multiply_pointwise, turn_by_index
 from .rtx_fault_rules import SUFFIX as _SUFFIX
+from .rtx_overlap_rules import operand_apart
 from .rtx_slow_rules import cut_reductions
 
 _TOP_K = ("TopK", "ArgMax", "ArgMin")
@@ -61,7 +64,8 @@ def avoid_faults(proto: onnx.ModelProto) -> onnx.ModelProto:
     results = _moved_results(graph)
     facts = Facts(graph)
     rules = (
-        turn_by_index, multiply_pointwise, lift_products, lift_transposes, scale_apart, add_apart, cut_reductions
+        turn_by_index, multiply_pointwise, lift_products, lift_transposes, operand_apart, scale_apart, add_apart,
+        cut_reductions,
     )  # fmt: skip
     rewritten = [rule(graph, facts) for rule in rules]
     instead = {index: made for rule in rewritten for index, made in rule.nodes.items()}

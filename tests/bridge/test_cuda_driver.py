@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from trtbridge.bridge.cuda_driver import CopyNode, DriverError, EdgeData, Memcpy, copy_nodes, wait_for_ends
+from trtbridge.bridge.cuda_driver import CopyNode, EdgeData, Memcpy, copy_nodes, wait_for_ends
 from trtbridge.bridge.graph_capture import Captured, Copies
+from trtbridge.plugins.driver import DriverError
 
 KERNEL, MEMCPY = 0, 1
 

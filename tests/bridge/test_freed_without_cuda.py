@@ -64,7 +64,7 @@ def _no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A `Capturer` can be made."""
     monkeypatch.setattr(graph_capture, "StreamOrder", Order)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(graph_capture, "own_stream", lambda device: None)
 
 
 @pytest.mark.usefixtures("_no_cuda")

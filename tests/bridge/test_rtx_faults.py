@@ -40,6 +40,10 @@ FAULTY |= {
         "y = Reshape(x, tokens) s = Softmax(y) p = MatMul(s, five_by_two) q = Add(p, bias) r = Erf(q) "
         "t = Transpose<perm = [0, 2, 1]>(r) v = Neg(t) i = Exp(r)"
     ),
+    "tokens times tokens across": (
+        "y = Reshape(x, tokens) s = Softmax(y) p = MatMul(s, five_by_two) t = Transpose<perm = [0, 2, 1]>(p) "
+        "v = MatMul(p, t) i = Neg(s)"
+    ),
     "tokens across as a result": (
         "y = Reshape(x, tokens) s = Softmax(y) w = Transpose(two_by_five) p = MatMul(s, w) "
         "v = Transpose<perm = [0, 2, 1]>(p) "
@@ -73,9 +77,12 @@ FINE = {
     "tokens across ahead of attention": (
         "y = Reshape(x, tokens) p = MatMul(y, five_by_two) t = Transpose<perm = [0, 2, 1]>(p) v = Softmax(t) i = Neg(y)"
     ),
-    "tokens times tokens across": (
-        "y = Reshape(x, tokens) s = Softmax(y) p = MatMul(s, five_by_two) t = Transpose<perm = [0, 2, 1]>(p) "
-        "v = MatMul(p, t) i = Neg(s)"
+    "tokens times tokens across, ahead of attention": (
+        "y = Reshape(x, tokens) p = MatMul(y, five_by_two) t = Transpose<perm = [0, 2, 1]>(p) v = MatMul(p, t) "
+        "i = Softmax(y)"
+    ),
+    "tokens times heads across": (
+        "y = Reshape(x, tokens) s = Softmax(y) t = Transpose<perm = [0, 2, 1]>(s) v = MatMul(s, t) i = Neg(s)"
     ),
     "heads across": (
         "y = Reshape(x, tokens) s = Softmax(y) p = MatMul(s, five_by_two) r = Reshape(p, tokens2) "

@@ -88,8 +88,11 @@ def test_callers_graphs_beside_other_work(
     """A caller's capture gets no kernels that overlap either, whatever else is captured with them."""
     options = tb.RuntimeOptions(kernel_specialization="eager" if resnet.program.backend == "tensorrt_rtx" else None)
 
+    kept = []  # a graph needs the module's contexts
+
     def captured() -> Call:
         module = tb.EngineModule(resnet.program, cuda, options=options)
+        kept.append(module)
         image = images[0].clone()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -109,7 +112,8 @@ def test_callers_graphs_beside_other_work(
 
         return call
 
-    assert differing([captured() for _ in range(8)], images) == 0
+    calls = [captured() for _ in range(8)]
+    assert differing(calls, images) == 0
 
 
 def test_kernels_that_may_overlap(resnet: tb.EngineModule, images: list[torch.Tensor], cuda: torch.device) -> None:

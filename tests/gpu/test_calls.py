@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from helpers import DRY_RUN, Report
 from torch.nn import functional as F
 
 import trtbridge as tb
+from trtbridge.plugins.streams import own_stream
 
 BATCH = tb.Dim("batch", min=1, opt=4, max=64)
 SLEEP_CYCLES = 200_000_000  # some 0.1 s
@@ -441,6 +443,41 @@ def test_a_copy_has_graphs_of_its_own(make: Make, eager: Net, cuda: torch.device
     gc.collect()
     for _ in range(3):
         close(copied(*given), eager, given)
+
+
+def test_captures_have_a_stream_of_their_own(make: Make, eager: Net, cuda: torch.device) -> None:
+    """Torch hands out 32 streams again and again: whoever had the one of a capture would be captured with it."""
+    of_torch = {torch.cuda.Stream(cuda).cuda_stream for _ in range(64)}
+    streams = [own_stream(cuda) for _ in range(40)]
+    assert len({stream.cuda_stream for stream in streams}) == 40
+    assert of_torch.isdisjoint(stream.cuda_stream for stream in streams)
+    given = [arguments(batch, cuda) for batch in range(1, 17)]
+    with torch.no_grad():
+        expected = [eager(*one) for one in given]
+    torch.cuda.synchronize()
+    over = threading.Event()
+
+    def others() -> int:
+        """Work on streams of torch, waited for, for as long as there are captures."""
+        turns = 0
+        while not over.is_set():
+            with torch.cuda.stream(torch.cuda.Stream(cuda)):
+                assert float((torch.ones(64, device=cuda) * turns).sum()) == 64 * turns
+            turns += 1
+        return turns
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(others) for _ in range(2)]
+        try:
+            for _ in range(3):
+                module = make(cuda_graphs=True)
+                for one, right in zip(given * 3, expected * 3, strict=True):
+                    found = module(*one)
+                    torch.testing.assert_close(found["scores"], right["scores"], rtol=2e-3, atol=2e-3)
+                assert module.stats().graph_captures == len(given)
+        finally:
+            over.set()
+        assert all(each.result() for each in waiting)
 
 
 def test_a_graph_of_one_kernel(backend: str, cuda: torch.device) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from trtbridge.errors import PluginError
+from trtbridge.plugins import registry
 from trtbridge.plugins.calls import decode, encode, encode_tensors, reads_numbers, texts
 from trtbridge.plugins.registry import call_op, find_op, node_type, op_name
 
@@ -114,3 +117,31 @@ def test_unknown_tags_are_named() -> None:
 def test_texts_are_read_without_the_tensors() -> None:
     template = '{"args":["a program",[{"complex":0},{"int":1},{"sym":"s0"}],3],"kwargs":{},"symbols":{"s0":[0,2]}}'
     assert texts(template) == ["a program"]
+
+
+def test_custom_ops_run_one_at_a_time_where_torch_loses_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, []
+
+    @torch.library.custom_op("trtbridge_test_turns::slow", mutates_args=())
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        nonlocal running
+        running += 1
+        most.append(running)
+        time.sleep(0.02)  # others may run
+        running -= 1
+        return x * 2
+
+    op = torch.ops.trtbridge_test_turns.slow.default
+    tensors, template = encode_tensors((X,), {})
+
+    def together() -> int:
+        most.clear()
+        with ThreadPoolExecutor(4) as pool:
+            for (result,) in pool.map(lambda _: call_op(op, template, tensors, X.device), range(8)):
+                assert torch.equal(result, X * 2)
+        return max(most)
+
+    monkeypatch.setattr(registry, "_TORCH_RACES", True)
+    assert together() == 1
+    monkeypatch.setattr(registry, "_TORCH_RACES", False)
+    assert together() > 1

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from trtbridge.plugins import captures
 from trtbridge.plugins.captures import capturing, wait_for_device
 
 DEVICE = torch.device("cuda", 0)
@@ -62,12 +63,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     monkeypatch.setattr(Graph, "cuda", found, raising=False)
     for name, value in {
         "CUDAGraph": Graph,
-        "Stream": lambda device: "new",
         "stream": found.on,
         "synchronize": lambda device: None,
         "graph_pool_handle": lambda: (0, 1),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(captures, "own_stream", lambda device: "new")
     monkeypatch.setattr(torch, "zeros", lambda *sizes, device: None)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", found.forget)
     return found
