@@ -248,7 +248,8 @@ def make_judge(backend: Backend, options: BuildOptions, folder: Path | None, may
 def cuda_clock(backend: Backend, engines: Sequence[Engine]) -> list[float]:
     """Median latency of each engine in ms: CUDA graph replays timed by events, the engines in turns."""
     device = torch.device("cuda", torch.cuda.current_device())
-    stream = own_stream(device)
+    own = own_stream(device)
+    stream = own.stream
     values: dict[str, torch.Tensor] = {}
     calls = []
     with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):

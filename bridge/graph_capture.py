@@ -115,7 +115,7 @@ class Capturer:
         self._has_workspace = False  # made with the first graph; `order` has it
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = own_stream(device)
+        self._own = own_stream(device)
         self._spare: list[Lane] = []  # of graphs that are gone: contexts that have their kernels
 
     def capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True, fresh_outputs: bool = False) -> Captured:
@@ -133,7 +133,7 @@ class Capturer:
             static = [_own(tensor) for tensor in inputs] if own_inputs else list(inputs)
             lane = self._spare.pop() if self._spare else self._make_lane()
             seen = self._run(static, lane)  # kernels are compiled and sizes set here, which a capture does not allow
-            self._stream.synchronize()
+            self._own.stream.synchronize()
             results = seen if fresh_outputs else ()
             if own_inputs and self.copies_inside and all(map(_is_one_piece, results)):
                 captured = self._capture_with_copies(inputs, static, results, lane)
@@ -181,10 +181,10 @@ class Capturer:
         """Capture a call as a graph, and what it returns; `keep` for one that the driver can be asked about."""
         graph = torch.cuda.CUDAGraph(keep_graph=keep)
         try:
-            with capturing(graph, self._device, self._pool, self._stream):
+            with capturing(graph, self._device, self._pool, self._own.stream):
                 outputs = run()
         except BaseException:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), own_stream(self._device)
+            self._pool, self._own = torch.cuda.graph_pool_handle(), own_stream(self._device)
             raise
         if not self._overlap:
             logger.debug("%d kernels of a CUDA graph wait for the one ahead", wait_for_ends(graph.raw_cuda_graph()))
@@ -210,11 +210,11 @@ class Capturer:
             self._run(captured.inputs, captured.lane)
 
         def seconds(call: Callable[[], None], calls: int) -> float:
-            self._stream.synchronize()
+            self._own.stream.synchronize()
             started = time.perf_counter()
             for _ in range(calls):
                 call()
-            self._stream.synchronize()
+            self._own.stream.synchronize()
             return (time.perf_counter() - started) / calls
 
         with self._on_own_stream():
@@ -235,7 +235,8 @@ class Capturer:
     @contextmanager
     def _on_own_stream(self) -> Iterator[None]:
         """Work on the stream of captures, behind the caller's and before what comes after."""
-        caller, own = torch.cuda.current_stream(self._device), self._stream
+        kept = self._own  # also where a capture fails, and the next one has another
+        caller, own = torch.cuda.current_stream(self._device), kept.stream
         # Tensors made in inference mode could not be copied into outside of it.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self._device):
             own.wait_stream(caller)

@@ -19,7 +19,6 @@ import torch
 from ..errors import BackendError, ExecutionError, OptionError
 from ..plugins.captures import wait_for_device
 from ..plugins.registry import call_op, find_op
-from ..plugins.streams import own_stream
 from .backends import get_backend
 from .backends.base import Engine
 from .backends.layers import Layer, LayerProfiler, LayerRun
@@ -338,7 +337,7 @@ def _own_stream(device: torch.device) -> Iterator[None]:
         yield
         return
     wait_for_device(device)
-    with torch.cuda.device(device), torch.cuda.stream(own_stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         yield
         wait_for_device(device)
 

@@ -18,7 +18,6 @@ import onnx.numpy_helper
 import torch
 
 from ..errors import BuildError, TrtBridgeError, UnsupportedOpError
-from ..plugins.streams import own_stream
 from .backends import get_backend
 from .backends.base import Backend, BuildOptions, Engine, Segment
 from .partition import spec_of
@@ -81,7 +80,7 @@ def runner(backend: Backend, options: BuildOptions) -> Run | None:
     device = torch.device("cuda", torch.cuda.current_device())
 
     def run(engine: Engine, data: torch.Tensor) -> torch.Tensor:
-        stream = own_stream(device)
+        stream = torch.cuda.Stream(device)
         with torch.no_grad(), torch.cuda.stream(stream):
             (result,) = backend.load(engine, device).new_context()([data.to(device)])
             stream.synchronize()

@@ -14,7 +14,7 @@ import torch
 from ..errors import ExecutionError
 from ..plugins.captures import wait_for_device
 from ..plugins.driver import DriverError
-from ..plugins.streams import own_stream
+from ..plugins.streams import OwnStream, own_stream
 from .annotation import current_mark
 from .backends import get_backend
 from .backends.base import Backend, Exchanging, Executable
@@ -302,7 +302,8 @@ class RunningProgram:
         return graphs, ""
 
     def _own_stream(self) -> torch.cuda.Stream:
-        stream: torch.cuda.Stream | None = getattr(self._local, "stream", None)
-        if stream is None:
-            stream = self._local.stream = own_stream(self.device)
+        own: OwnStream | None = getattr(self._local, "own", None)
+        if own is None:
+            own = self._local.own = own_stream(self.device)
+        stream: torch.cuda.Stream = own.stream
         return stream

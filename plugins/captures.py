@@ -43,7 +43,8 @@ def capturing(
             been waited for.
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    stream = own_stream(device) if stream is None else stream
+    own = own_stream(device) if stream is None else None  # kept for as long
+    stream = own.stream if own is not None else stream
     with _one_at_a_time, _no_garbage_collection(), torch.cuda.stream(stream):
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate
@@ -75,7 +76,8 @@ def _forget(device: torch.device, pool: Any) -> None:
     with suppress(RuntimeError):  # it knows
         torch._C._cuda_endAllocateToPool(index, pool)
     # The generator learns it from the end of another capture, of one small tensor.
-    with suppress(RuntimeError), torch.cuda.stream(own_stream(device)):
+    own = own_stream(device)
+    with suppress(RuntimeError), torch.cuda.stream(own.stream):
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="thread_local")
         torch.zeros(1, device=device)

@@ -9,15 +9,35 @@ that is long gone.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
-import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .driver import check, library
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: in no order with the default stream, as torch's are
+
+
+class OwnStream:
+    """A stream that nobody else has while this object is kept.
+
+    Not a kind of torch's stream, nor found out about by a weak reference to one: torch frees its streams without a word
+    to those who refer to them weakly, and the process dies of that at its end.
+
+    Attributes:
+        stream: for torch.
+    """
+
+    def __init__(self, stream: Any, give_back: Callable[[], None]) -> None:
+        self.stream = stream
+        self._give_back = give_back
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():
+            self._give_back()
 
 
 class StreamPool:
@@ -31,20 +51,18 @@ class StreamPool:
         wrap: makes torch's object of a handle and a device.
     """
 
-    def __init__(self, create: Callable[[int], int], wrap: Callable[[int, torch.device], torch.cuda.Stream]) -> None:
+    def __init__(self, create: Callable[[int], int], wrap: Callable[[int, torch.device], Any]) -> None:
         self._create = create
         self._wrap = wrap
         self._free: dict[int, list[int]] = {}
         self._lock = threading.RLock()  # an owner may go at any time, also while one is taken
 
-    def take(self, index: int) -> torch.cuda.Stream:
-        """A stream on a device, by its index, for as long as the object is kept."""
+    def take(self, index: int) -> OwnStream:
+        """A stream on a device, by its index."""
         with self._lock:
             free = self._free.setdefault(index, [])
             handle = free.pop() if free else self._create(index)
-        stream = self._wrap(handle, torch.device("cuda", index))
-        weakref.finalize(stream, self._give, index, handle).atexit = False
-        return stream
+        return OwnStream(self._wrap(handle, torch.device("cuda", index)), lambda: self._give(index, handle))
 
     def _give(self, index: int, handle: int) -> None:
         with self._lock:
@@ -63,7 +81,7 @@ def _create(index: int) -> int:
 _pool = StreamPool(_create, torch.cuda.ExternalStream)
 
 
-def own_stream(device: torch.device | int | None = None) -> torch.cuda.Stream:
+def own_stream(device: torch.device | int | None = None) -> OwnStream:
     """A stream that nobody else has while the object is kept.
 
     Args:

@@ -27,7 +27,6 @@ from ...errors import (
     RefitError,
     UnsupportedOpError,
 )
-from ...plugins.streams import own_stream
 from ..model import TensorSpec, iterate_nodes
 from ..profiles import EngineProfiles
 from ..runtime_options import RuntimeOptions
@@ -261,7 +260,7 @@ class OnnxRuntimeBackend:
         device = _checked_device(ort, device)
         narrow = _WIDENED_ON[device.type] if engine.info.get("widens", True) else frozenset()
         proto, weights = widen(*read_parts(engine, name), narrow)
-        stream = own_stream(device) if device.type == "cuda" else None
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         providers: list[Any] = ["CPUExecutionProvider"]
         if stream is not None:
             cuda = {

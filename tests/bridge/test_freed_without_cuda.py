@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -64,7 +65,7 @@ def _no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A `Capturer` can be made."""
     monkeypatch.setattr(graph_capture, "StreamOrder", Order)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(graph_capture, "own_stream", lambda device: None)
+    monkeypatch.setattr(graph_capture, "own_stream", lambda device: SimpleNamespace(stream=None))
 
 
 @pytest.mark.usefixtures("_no_cuda")

@@ -448,9 +448,12 @@ def test_a_copy_has_graphs_of_its_own(make: Make, eager: Net, cuda: torch.device
 def test_captures_have_a_stream_of_their_own(make: Make, eager: Net, cuda: torch.device) -> None:
     """Torch hands out 32 streams again and again: whoever had the one of a capture would be captured with it."""
     of_torch = {torch.cuda.Stream(cuda).cuda_stream for _ in range(64)}
-    streams = [own_stream(cuda) for _ in range(40)]
-    assert len({stream.cuda_stream for stream in streams}) == 40
-    assert of_torch.isdisjoint(stream.cuda_stream for stream in streams)
+    own = [own_stream(cuda) for _ in range(40)]
+    handles = {each.stream.cuda_stream for each in own}
+    assert len(handles) == 40
+    assert of_torch.isdisjoint(handles)
+    own.clear()
+    assert own_stream(cuda).stream.cuda_stream in handles, "its owner is gone"
     given = [arguments(batch, cuda) for batch in range(1, 17)]
     with torch.no_grad():
         expected = [eager(*one) for one in given]

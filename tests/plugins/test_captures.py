@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         "graph_pool_handle": lambda: (0, 1),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(captures, "own_stream", lambda device: "new")
+    monkeypatch.setattr(captures, "own_stream", lambda device: SimpleNamespace(stream="new"))
     monkeypatch.setattr(torch, "zeros", lambda *sizes, device: None)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", found.forget)
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from trtbridge.plugins.streams import StreamPool
@@ -23,12 +21,13 @@ def test_one_owner_at_a_time() -> None:
         made.append(index)
         return 100 * index + len(made)
 
-    pool: Any = StreamPool(create, Wrapped)  # type: ignore[arg-type]
+    pool = StreamPool(create, Wrapped)
     first, second = pool.take(0), pool.take(0)
-    assert (first.handle, second.handle) == (1, 2)
-    assert first.device == torch.device("cuda", 0)
+    assert (first.stream.handle, second.stream.handle) == (1, 2)
+    assert first.stream.device == torch.device("cuda", 0)
+    torch_has_it = first.stream
     del first
     again, other = pool.take(0), pool.take(1)
-    assert again.handle == 1, "its owner is gone"
-    assert other.handle == 103, "another device has streams of its own"
+    assert again.stream.handle == torch_has_it.handle, "its owner is gone"
+    assert other.stream.handle == 103, "another device has streams of its own"
     assert made == [0, 0, 1]
