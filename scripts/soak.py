@@ -15,6 +15,7 @@ were left.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import random
@@ -149,6 +150,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where the summary goes, too")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    faulthandler.enable()  # a library that ends the process says where it was called
     if options.child:
         soak_failures.save_for_ever(*map(Path, options.child))
         return 0
