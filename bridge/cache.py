@@ -12,7 +12,8 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import platformdirs
@@ -72,7 +73,7 @@ class JitCacheFile:
 
     def __init__(self, folder: Path | None, plan: bytes | bytearray | memoryview, version: str) -> None:
         self._path: Path | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._calls: dict[Hashable, int] = {}  # by input shapes
         if folder is not None:
             digest = hashlib.sha256(plan)
@@ -90,25 +91,30 @@ class JitCacheFile:
             self._path.unlink(missing_ok=True)
         return data
 
-    def update(self, shapes: Hashable, serialize: Callable[[], bytes]) -> None:
-        """Keep what was compiled; called after each call of the engine.
+    def watch(self, shapes: Hashable, serialize: Callable[[], bytes]) -> AbstractContextManager[None]:
+        """Keep what was compiled in a call of the engine; to be around each.
 
         Kernels are compiled when shapes are new, some of them in the background, so the first two calls of each are
-        looked at, and a file is written where there is something new.
+        looked at, and a file is written where there is something new. These calls wait for one another: nothing says
+        that kernels may be read while another thread compiles more of them.
 
         Args:
             shapes: of the call's inputs.
             serialize: gives everything compiled so far.
         """
-        if self._path is None or self._calls.get(shapes, 0) == _CALLS_LOOKED_AT:
-            return
+        calls = self._calls.get(shapes, 0)
+        if self._path is None or calls == _CALLS_LOOKED_AT or (not calls and len(self._calls) >= _MOST_SHAPES):
+            return nullcontext()
+        return self._watched(self._path, shapes, serialize)
+
+    @contextmanager
+    def _watched(self, path: Path, shapes: Hashable, serialize: Callable[[], bytes]) -> Iterator[None]:
         with self._lock:
-            if shapes not in self._calls and len(self._calls) == _MOST_SHAPES:
-                return
+            yield
             self._calls[shapes] = min(self._calls.get(shapes, 0) + 1, _CALLS_LOOKED_AT)
             data = serialize()
-            if data and checked_size(self._path) != len(data):
+            if data and checked_size(path) != len(data):
                 try:
-                    write_checked(self._path, data)
+                    write_checked(path, data)
                 except OSError as error:  # a full disk must not fail a call that has succeeded
                     logger.warning("compiled kernels were not kept: %s", error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -101,17 +101,16 @@ class TensorRtExecutable:
             self._outputs,
             self.device,
             self._host,
-            self._keep_kernels,
+            self._watch,
             workspace,
             self._profiles,
             self._tf32,
             self._weights,
         )
 
-    def _keep_kernels(self, shapes: tuple[torch.Size, ...]) -> None:
-        """Write down what was compiled for a call."""
-        if self._jit_file is not None:
-            self._jit_file.update(shapes, self._jit.serialize)
+    def _watch(self, shapes: tuple[torch.Size, ...]) -> AbstractContextManager[None]:
+        """To be around a call: what is compiled in it is written down."""
+        return nullcontext() if self._jit_file is None else self._jit_file.watch(shapes, self._jit.serialize)
 
 
 class _Context:
@@ -125,7 +124,7 @@ class _Context:
         outputs: Sequence[tuple[str, torch.dtype]],
         device: torch.device,
         host: PluginHost | None,
-        ran: Callable[[tuple[torch.Size, ...]], None],
+        watch: Callable[[tuple[torch.Size, ...]], AbstractContextManager[None]],
         workspace: torch.Tensor | None,
         profiles: EngineProfiles,
         tf32: bool,
@@ -140,7 +139,7 @@ class _Context:
         self._outputs = outputs
         self._names = [name for name, _ in (*inputs, *outputs)]
         self._device = device
-        self._ran = ran
+        self._watch = watch
         self._workspace = workspace  # TensorRT holds its address alone
         self._shapes: tuple[torch.Size, ...] = ()
         self._output_shapes: list[tuple[int, ...] | None] = []  # None where the size depends on data
@@ -153,13 +152,19 @@ class _Context:
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         tensors = [t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in inputs]
         shapes = tuple(tensor.shape for tensor in tensors)
+        capturing = torch.cuda.is_current_stream_capturing()
+        with nullcontext() if capturing else self._watch(shapes):
+            return self._run(tensors, shapes, capturing)
+
+    def _run(
+        self, tensors: Sequence[torch.Tensor], shapes: tuple[torch.Size, ...], capturing: bool
+    ) -> list[torch.Tensor]:
         if shapes != self._shapes:
             self._set_shapes(shapes)
         outputs = [
             None if shape is None else torch.empty(shape, dtype=dtype, device=self._device)
             for shape, (_, dtype) in zip(self._output_shapes, self._outputs, strict=True)
         ]
-        capturing = torch.cuda.is_current_stream_capturing()
         if self._sized is not None:
             self._check_sized(capturing)
         for index, tensor in enumerate((*tensors, *outputs)):
@@ -174,8 +179,6 @@ class _Context:
             self._weights.used_on(stream)
         if not self._context.execute_async_v3(stream.cuda_stream):
             self._fail(shapes)
-        if not capturing:
-            self._ran(shapes)
         return [
             self._take(name) if tensor is None else tensor
             for tensor, (name, _) in zip(outputs, self._outputs, strict=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -268,12 +270,45 @@ def test_kernels_of_every_shape_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
         compiled = compiled or b"first"
         if shape == (8,):  # a new shape compiles more, later than the first calls
             compiled = b"first and second"
-        kept.update(shape, serialize)
+        with kept.watch(shape, serialize):
+            assert looks <= 4
     assert looks == 4, "two calls of each shape"
     assert JitCacheFile(tmp_path, b"plan", "1.0").read() == b"first and second"
     assert JitCacheFile(tmp_path, b"plan", "1.1").read() is None, "another version starts anew"
     assert JitCacheFile(tmp_path, b"other", "1.0").read() is None
     assert JitCacheFile(None, b"plan", "1.0").read() is None
+
+
+def test_calls_that_compile_wait_for_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others do not, and a call that fails leaves nothing."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    kept = JitCacheFile(tmp_path, b"plan", "1.0")
+    inside, done = threading.Event(), []
+
+    def another() -> None:
+        inside.set()
+        with kept.watch((2,), lambda: b"both"):
+            done.append("another")
+
+    with pytest.raises(ValueError, match="fails"), kept.watch((1,), lambda: b"nothing"):
+        raise ValueError("fails")
+    assert kept.read() is None
+    thread = threading.Thread(target=another)
+    with kept.watch((1,), lambda: b"first"):
+        thread.start()
+        inside.wait()
+        time.sleep(0.05)
+        done.append("first")
+    thread.join()
+    assert done == ["first", "another"]
+    assert kept.read() == b"both"
+    with kept.watch((1,), lambda: b"first again, and more"):
+        pass
+    thread = threading.Thread(target=lambda: kept.watch((1,), lambda: b"").__enter__())
+    with kept.watch((3,), lambda: b"three"):
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), "nothing is compiled for it any more"
 
 
 @pytest.mark.parametrize(
@@ -284,11 +319,13 @@ def test_damaged_kernels_are_not_used_and_made_anew(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     compiled = bytes(range(200))
-    JitCacheFile(tmp_path, b"plan", "1.0").update((1,), lambda: compiled)
+    with JitCacheFile(tmp_path, b"plan", "1.0").watch((1,), lambda: compiled):
+        pass
     (path,) = (tmp_path / "jit").iterdir()
     path.write_bytes(damage(path.read_bytes()))
     with caplog.at_level("WARNING", "trtbridge"):
         assert JitCacheFile(tmp_path, b"plan", "1.0").read() is None
     assert str(path) in caplog.text
-    JitCacheFile(tmp_path, b"plan", "1.0").update((1,), lambda: compiled)
+    with JitCacheFile(tmp_path, b"plan", "1.0").watch((1,), lambda: compiled):
+        pass
     assert JitCacheFile(tmp_path, b"plan", "1.0").read() == compiled
