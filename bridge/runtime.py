@@ -279,7 +279,11 @@ class RunningProgram:
             try:
                 wait_for_ends(graph)
             except DriverError as error:
-                logger.warning("replays of a caller's CUDA graph may be wrong (docs/runtime.md): %s", error)
+                raise ExecutionError(
+                    f"The kernels of this call, which overlap, cannot be put in order within the CUDA graph: {error}. "
+                    "Its replays would be wrong now and then beside other work on the device (docs/runtime.md); "
+                    "overlap_kernels=True leaves them as they are."
+                ) from error
         return outputs
 
     def _bound_replay(self, graphs: GraphCache, captured: Captured) -> Callable[[], list[torch.Tensor]]:

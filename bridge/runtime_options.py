@@ -50,7 +50,8 @@ class RuntimeOptions:
     def __post_init__(self) -> None:
         for name in ("reuse_outputs", "share_workspace"):
             self._need(isinstance(getattr(self, name), bool), name, "True or False")
-        self._need(self.overlap_kernels in (None, True, False), "overlap_kernels", "True, False or None")
+        may_overlap = self.overlap_kernels is None or isinstance(self.overlap_kernels, bool)
+        self._need(may_overlap, "overlap_kernels", "True, False or None")
         self._need(isinstance(self.cuda_graphs, bool) or self.cuda_graphs == "auto", "cuda_graphs", 'a bool or "auto"')
         for name in ("max_graphs", "max_contexts"):
             value = getattr(self, name)

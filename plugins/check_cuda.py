@@ -13,7 +13,6 @@ from .captures import capturing, wait_for_device
 from .check_report import Finding
 from .check_samples import Call, flat_results
 from .check_values import Subject, _words
-from .streams import own_stream
 
 _SLEEP_CYCLES = 200_000_000  # about 0.1 s: far longer than any launch, so that work on another stream overtakes it
 _NOT_RUN = "needs a CUDA device; run the check on a machine with a GPU too"
@@ -54,8 +53,7 @@ def check_graph(subject: Subject) -> Iterator[Finding]:
     for call, expected in zip(subject.calls, subject.results, strict=True):
         static = call.clone()
         graph = torch.cuda.CUDAGraph()
-        own = own_stream(subject.device)
-        side = own.stream
+        side = torch.cuda.Stream(subject.device)
         side.wait_stream(torch.cuda.current_stream(subject.device))
         try:
             with torch.cuda.stream(side):

@@ -33,12 +33,13 @@ def floor(model: str, settings: Settings, keep: Keep) -> list[Row]:
     given = models.example(model, settings)
     file = program_file(settings, model)
     found = ours(file, given)
-    floors = {}
+    floors: dict[str, Call] = {}
+    agreement = {}
     for name, overlap in (("floor", RuntimeOptions().overlaps(BACKEND)), ("floor, overlapped", True)):
         floors[name], outputs = bare_call(found["plain"].module, given, overlap)
-    agreement = compare(outputs, leaves(found["plain"].call()))
+        agreement[name] = compare(outputs, leaves(found["plain"].call()))
     times = in_turns({**floors, **{way: one.call for way, one in found.items()}}, settings)
-    rows = [{"way": name, **times[name].to_json(), **agreement} for name in floors]
+    rows = [{"way": name, **times[name].to_json(), **agreement[name]} for name in floors]
     for way, one in found.items():
         ratio = times[way].ms / times["floor, overlapped" if way == "overlapped" else "floor"].ms
         rows.append({"way": way, **times[way].to_json(), "ratio": round(ratio, 4), "refusal": one.refusal})

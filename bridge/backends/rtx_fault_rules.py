@@ -49,10 +49,14 @@ class Facts:
         self.shapes = {value.name: _shape(value) for value in values if value.type.tensor_type.HasField("shape")}
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.makers = {name: node for node in graph.node for name in node.output if name}
+        self.results = {value.name for value in graph.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.behind_attention: set[str] = set()  # what comes of some Softmax, or of attention as one node
         for node in graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
+            if node.op_type in ("Softmax", "Attention") or not self.behind_attention.isdisjoint(node.input):
+                self.behind_attention.update(node.output)
 
     def numbers(self, name: str) -> list[int] | None:
         """The values of a small constant of integers."""
@@ -147,7 +151,6 @@ def lift_products(graph: onnx.GraphProto, facts: Facts) -> Instead:
     wrong; a product for each image is right, too.
     """
     instead = Instead({}, [])
-    behind = _behind_attention(graph)
     axis = numpy_helper.from_array(np.array([1], np.int64), f"trtbridge{SUFFIX}.image_axis")
     for index, node in enumerate(graph.node):
         if node.op_type != "MatMul" or node.domain:
@@ -159,7 +162,7 @@ def lift_products(graph: onnx.GraphProto, facts: Facts) -> Instead:
         rank = len(facts.shapes.get(node.input[0], [])) if constant is None else len(constant.dims)
         if not 3 <= rank <= MOST_AXES or _order(turned) != _swap(rank):
             continue
-        if constant is None and (turned.input[0] not in behind or not _is_projected(turned.input[0], facts)):
+        if constant is None and not _is_projected(turned.input[0], facts):
             continue
         swapped = _swap(rank + 1)
         name, made = f"{node.name}{SUFFIX}", f"{node.output[0]}{SUFFIX}"
@@ -187,10 +190,9 @@ def lift_transposes(graph: onnx.GraphProto, facts: Facts) -> Instead:
     as a result, too, it is right; with an Einsum, two Transposes, or the linear layer over rows it is as wrong.
     """
     instead = Instead({}, [])
-    behind = _behind_attention(graph)
     axis = numpy_helper.from_array(np.array([1], np.int64), f"trtbridge{SUFFIX}.token_axis")
     for index, node in enumerate(graph.node):
-        if node.op_type != "Transpose" or node.domain or _order(node) != _swap(3) or node.input[0] not in behind:
+        if node.op_type != "Transpose" or node.domain or _order(node) != _swap(3):
             continue
         if not _is_projected(node.input[0], facts) or not _is_read_across(node, facts):
             continue
@@ -205,15 +207,6 @@ def lift_transposes(graph: onnx.GraphProto, facts: Facts) -> Instead:
     return instead
 
 
-def _behind_attention(graph: onnx.GraphProto) -> set[str]:
-    """The tensors that come of some Softmax, or of attention as one node."""
-    behind: set[str] = set()
-    for node in graph.node:
-        if node.op_type in ("Softmax", "Attention") or not behind.isdisjoint(node.input):
-            behind.update(node.output)
-    return behind
-
-
 def _order(node: onnx.NodeProto) -> list[int]:
     return next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
 
@@ -224,8 +217,10 @@ def _swap(rank: int) -> list[int]:
 
 
 def _is_projected(name: str, facts: Facts) -> bool:
-    """Whether elementwise ops make a tensor of what a linear layer gives: what comes of a norm is right."""
-    pending, seen = [name], {name}
+    """Whether elementwise ops make a tensor of what a linear layer gives behind attention: what comes of a norm is
+    right.
+    """
+    pending, seen = [name] if name in facts.behind_attention else [], {name}
     while pending:
         maker = facts.makers.get(pending.pop())
         if maker is None or maker.domain:
@@ -246,9 +241,11 @@ def _is_weight(name: str, facts: Facts) -> bool:
 
 
 def _is_read_across(node: onnx.NodeProto, facts: Facts) -> bool:
-    """Whether something else than a product reads it: `lift_products` takes care of those, and attention has such."""
+    """Whether it is a result, or something else than a product reads it: `lift_products` takes care of those, and
+    attention has such.
+    """
     readers = facts.readers.get(node.output[0], [])
-    return not readers or any(
+    return node.output[0] in facts.results or any(
         reader.op_type != "MatMul" or reader.domain or reader.input[0] == node.output[0] for reader in readers
     )
 

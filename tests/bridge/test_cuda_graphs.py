@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,11 +16,12 @@ import torch
 from torch._higher_order_ops.scan import scan
 
 import trtbridge as tb
-from trtbridge.bridge.cuda_driver import DriverError
+from trtbridge.bridge import runtime
 from trtbridge.bridge.cuda_graphs import GraphCache
 from trtbridge.bridge.graph_capture import Captured, Capturer, Copies
 from trtbridge.bridge.program import EngineStep, Program
 from trtbridge.bridge.runtime_steps import capture_problem
+from trtbridge.plugins.driver import DriverError
 
 
 class Order:
@@ -320,6 +322,7 @@ def test_on_a_cpu_there_are_none_and_a_warning_says_so(caplog: pytest.LogCapture
         ({"max_contexts": True}, "max_contexts=True"),
         ({"reuse_outputs": 1}, "reuse_outputs=1: must be True or False"),
         ({"overlap_kernels": "auto"}, "overlap_kernels='auto': must be True, False or None"),
+        ({"overlap_kernels": 1}, "overlap_kernels=1: must be True, False or None"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, Any], words: str) -> None:
@@ -327,6 +330,38 @@ def test_impossible_options_are_named(options: dict[str, Any], words: str) -> No
         tb.convert(torch.nn.Linear(3, 3), (torch.ones(2, 3),), backend="onnxruntime", **options)
     with pytest.raises(tb.OptionError, match=words):
         tb.RuntimeOptions(**options)
+
+
+@pytest.mark.parametrize("overlap", [None, False, True])
+def test_kernels_of_a_callers_capture_wait(overlap: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they must not overlap; and where the driver refuses that, there is an error in place of wrong results."""
+    assert [tb.RuntimeOptions(overlap_kernels=overlap).overlaps(name) for name in ("tensorrt_rtx", "tensorrt")] == (
+        [False, True] if overlap is None else [overlap, overlap]
+    )
+    module = tb.convert(
+        torch.nn.Linear(3, 3), (torch.ones(2, 3),), backend="onnxruntime", overlap_kernels=overlap
+    )  # which may overlap, but for False
+    x = torch.ones(2, 3)
+    expected = module(x)
+    running = module._running
+    assert running is not None
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(runtime, "capture_of", lambda stream: (10 * stream, 100 * stream))
+    monkeypatch.setattr(runtime, "wait_for_ends", asked.append)
+    (result,) = running._run_in_capture([x])
+    torch.testing.assert_close(result, expected)
+    assert asked == ([700] if overlap is False else [])
+
+    def refuse(graph: int) -> int:
+        raise DriverError("cuGraphAddDependencies failed with CUresult 1")
+
+    monkeypatch.setattr(runtime, "wait_for_ends", refuse)
+    if overlap is False:
+        with pytest.raises(tb.ExecutionError, match=r"cuGraphAddDependencies.*overlap_kernels=True leaves"):
+            running._run_in_capture([x])
+    else:
+        running._run_in_capture([x])
 
 
 def test_load_takes_run_time_options(tmp_path: Any) -> None:

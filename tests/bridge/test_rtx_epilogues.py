@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from onnx import parser
+from rtx_graphs import parsed, run
 
 from trtbridge.bridge.backends.rtx_faults import avoid_faults, original_name
 
 X = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
 S = np.random.default_rng(1).random((3, 1)).astype(np.float32)
+FEED = {"x": X, "s": S}
 
 LINEAR = "y = Gemm<transB = 1>(x, w, b) "
 PARTS = "e = Div(y, root) f = Erf(e) g = Add(f, one) h = Mul(y, g) a = Mul(h, half) "
@@ -76,7 +76,7 @@ FINE = {
 
 def model(body: str) -> onnx.ModelProto:
     rng = np.random.default_rng(2)
-    numbers = {
+    floats = {
         "w": rng.standard_normal((4, 5)), "v": rng.standard_normal((5, 4)), "b": rng.standard_normal(4),
         "half": np.array(0.5), "one": np.array(1.0), "root": np.array(2**0.5), "shrunk": np.array(0.5**0.5),
         "filter": rng.standard_normal((2, 1, 1, 3)), "bias": np.array([1, -1]), "channel": np.ones((1, 2, 1, 1)),
@@ -93,25 +93,8 @@ def model(body: str) -> onnx.ModelProto:
     text = (
         f'<ir_version: 10, opset_import: ["" : 20]> g (float[3,5] x, float[3,1] s) => (float[3,{kind}] z) {{ {body} }}'
     )
-    proto = parser.parse_model(text)
-    used = {name for node in proto.graph.node for name in node.input}
-    for name, value in numbers.items():
-        if name in used:
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, np.float32), name))
-    for name, size in sizes.items():
-        if name in used:
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(size, np.int64), name))
-    found = onnx.shape_inference.infer_shapes(proto)
-    for number, node in enumerate(found.graph.node):
-        node.name = f"node{number}"
-    return found
-
-
-def run(proto: onnx.ModelProto) -> np.ndarray:
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    feed = {"x": X, "s": S}
-    (result,) = session.run(None, {value.name: feed[value.name] for value in session.get_inputs()})
-    return np.asarray(result)
+    constants = {name: np.asarray(value, np.float32) for name, value in floats.items()}
+    return parsed(text, constants | {name: np.array(size, np.int64) for name, size in sizes.items()})
 
 
 def ops(proto: onnx.ModelProto) -> list[str]:
@@ -125,7 +108,7 @@ def test_the_last_operation_stands_apart(body: str) -> None:
     after = avoid_faults(before)
     assert before.SerializeToString() == kept
     onnx.checker.check_model(after, full_check=True)
-    np.testing.assert_array_equal(run(after), run(before))
+    np.testing.assert_array_equal(run(after, FEED)[0], run(before, FEED)[0])
     added = [node for node in after.graph.node if node.name not in {old.name for old in before.graph.node}]
     assert [node.op_type for node in added] == ["Unsqueeze", "Add" if "Conv" in body else "Mul"]
     assert len(after.graph.node) == len(before.graph.node) + 2
@@ -137,7 +120,7 @@ def test_a_gelu_that_is_multiplied_is_written_out(name: str) -> None:
     before = model(WRITTEN[name])
     after = avoid_faults(before)
     onnx.checker.check_model(after, full_check=True)
-    np.testing.assert_allclose(run(after), run(before), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(after, FEED)[0], run(before, FEED)[0], rtol=1e-5, atol=1e-6)
     assert "Gelu" not in ops(after)
     assert not any(node.op_type in ("Unsqueeze", "Squeeze") for node in after.graph.node)
     (whole,) = (node for node in after.graph.node if node.name.endswith(".whole"))

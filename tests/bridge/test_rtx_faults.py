@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from onnx import parser
+from rtx_graphs import parsed, run
 
 from trtbridge.bridge.backends.rtx_faults import avoid_faults, original_name
 
@@ -48,6 +47,10 @@ FAULTY |= {
         "y = Reshape(x, tokens) s = Softmax(y) w = Transpose(two_by_five) p = MatMul(s, w) "
         "v = Transpose<perm = [0, 2, 1]>(p) "
         "i = MatMul(v, s)"
+    ),
+    "a result that is a product's, too": (
+        "y = Reshape(x, tokens) s = Softmax(y) p = MatMul(s, five_by_two) v = Transpose<perm = [0, 2, 1]>(p) "
+        "i = MatMul(p, v)"
     ),
     "a convolution of one position": (
         "y = Reshape(x, image) v = Conv(y, filter, bias) i = Conv<kernel_shape = [1, 1]>(y, filter)"
@@ -103,16 +106,7 @@ def model(body: str) -> onnx.ModelProto:
     float[2,5] two_by_five = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 1}},
     float[2,2,5] queries = {{1, -2, 3, 4, 5, 6, 7, -8, 9, 1, 3, 2, 1, 5, 4, 2, -2, 1, 0, 1}},
     float[5,2] five_by_two = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 1}}> {{ {body} }}"""
-    found = onnx.shape_inference.infer_shapes(parser.parse_model(text))
-    for number, node in enumerate(found.graph.node):
-        node.name = f"node{number}"
-    return found
-
-
-def run(proto: onnx.ModelProto) -> list[np.ndarray]:
-    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(
-        None, {"x": X}
-    )
+    return parsed(text)
 
 
 @pytest.mark.parametrize("name", FAULTY)
@@ -122,7 +116,7 @@ def test_same_numbers_in_another_form(name: str) -> None:
     after = avoid_faults(before)
     assert before.SerializeToString() == kept
     onnx.checker.check_model(after, full_check=True)
-    for ours, theirs in zip(run(after), run(before), strict=True):
+    for ours, theirs in zip(run(after, {"x": X}), run(before, {"x": X}), strict=True):
         np.testing.assert_array_equal(ours, theirs)
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
     ranks = {
@@ -140,6 +134,20 @@ def test_same_numbers_in_another_form(name: str) -> None:
     assert {original_name(node.name) for node in after.graph.node} == set(kept_names)
     assert [node.name for node in before.graph.node if node.name in kept_names] == kept_names
     assert {n.op_type for n in before.graph.node if n.name not in kept_names} <= {"Slice", "Split", "Neg", "Transpose"}
+
+
+ACROSS = (
+    "constants times transposed tokens", "tokens that are read across", "tokens times tokens across",
+    "tokens across as a result", "a result that is a product's, too",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_tokens_across_have_one_more_axis(name: str) -> None:
+    turns = [node for node in avoid_faults(model(FAULTY[name])).graph.node if node.op_type == "Transpose"]
+    orders = [list(attribute.ints) for node in turns for attribute in node.attribute]
+    assert [0, 1, 3, 2] in orders
+    assert [0, 2, 1] not in orders
 
 
 @pytest.mark.parametrize("name", FINE)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from onnx import parser
+from rtx_graphs import parsed, run
 
 from trtbridge.bridge.backends.rtx_faults import avoid_faults, original_name
 
@@ -40,23 +39,8 @@ def model(body: str) -> onnx.ModelProto:
     rng = np.random.default_rng(1)
     weights = {"w": (4, 4, 1, 1), "v": (4, 4, 1, 1), "k": (4, 4, 3, 3), "m": (6, 6)}
     text = f'<ir_version: 10, opset_import: ["" : 20]> g (float[2,4,6,6] x) => (float[2,4,6,6] z) {{ {body} }}'
-    proto = parser.parse_model(text)
-    used = {name for node in proto.graph.node for name in node.input}
-    for name, shape in weights.items():
-        if name in used:
-            value = rng.standard_normal(shape).astype(np.float32)
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-    if "shape" in used:
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2, 4, 6, 6], np.int64), "shape"))
-    found = onnx.shape_inference.infer_shapes(proto)
-    for number, node in enumerate(found.graph.node):
-        node.name = f"node{number}"
-    return found
-
-
-def run(proto: onnx.ModelProto) -> np.ndarray:
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {"x": X})[0])
+    constants = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in weights.items()}
+    return parsed(text, constants | {"shape": np.array(X.shape, np.int64)})
 
 
 @pytest.mark.parametrize("name", APART)
@@ -66,7 +50,7 @@ def test_joined_in_a_kernel_of_its_own(name: str) -> None:
     after = avoid_faults(before)
     assert before.SerializeToString() == kept
     onnx.checker.check_model(after, full_check=True)
-    np.testing.assert_allclose(run(after), run(before), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(after, {"x": X})[0], run(before, {"x": X})[0], rtol=1e-5, atol=1e-6)
     (apart,) = (node for node in after.graph.node if node.name.endswith(".apart"))
     assert apart.op_type in ("Add", "Mul", "Sub")
     assert {original_name(node.name) for node in after.graph.node} == {node.name for node in before.graph.node}

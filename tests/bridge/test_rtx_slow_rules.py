@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import parser
+from rtx_graphs import parsed, run
 
 import trtbridge as tb
 from trtbridge.bridge.backends.rtx_faults import avoid_faults, original_name
@@ -24,15 +24,7 @@ def model(steps: list[str], size: str = "3") -> onnx.ModelProto:
     text = f"""<ir_version: 10, opset_import: ["" : 20]> g (float[2,{size},5] x) => (float[2,{size},5] y)
     <int64[1] last = {{-1}}, int64[1] rows = {{1}}, int64[1] first = {{0}}, int64[2] both = {{1, 2}},
     float[5,5] w = {{1,0,0,0,0, 0,2,0,0,0, 0,0,1,0,0, 0,0,0,3,0, 0,0,0,0,1}}> {{ {body} y = Sqrt({name}) }}"""
-    found = onnx.shape_inference.infer_shapes(parser.parse_model(text))
-    for number, node in enumerate(found.graph.node):
-        node.name = f"node{number}"
-    return found
-
-
-def run(proto: onnx.ModelProto) -> np.ndarray:
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": X})[0]
+    return parsed(text)
 
 
 ROWS, LAST = "ReduceSum({x}, rows)", "ReduceSum({x}, last)"
@@ -53,7 +45,7 @@ def test_sums_of_sums_become_products(steps: list[str], products: int) -> None:
     onnx.checker.check_model(after, full_check=True)
     assert sum(node.op_type == "MatMul" for node in after.graph.node) == products
     assert [original_name(node.name) for node in after.graph.node] == [node.name for node in before.graph.node]
-    np.testing.assert_allclose(run(after), run(before), rtol=1e-5)
+    np.testing.assert_allclose(run(after, {"x": X})[0], run(before, {"x": X})[0], rtol=1e-5)
     assert avoid_faults(after) is after
 
 
@@ -69,7 +61,7 @@ def test_a_sum_that_drops_its_axis() -> None:
     after = avoid_faults(before)
     assert [node.op_type for node in after.graph.node[-2:]] == ["MatMul", "Squeeze"]
     assert after.graph.node[-1].name == "last"
-    np.testing.assert_allclose(run(after), run(before), rtol=1e-5)
+    np.testing.assert_allclose(run(after, {"x": X})[0], run(before, {"x": X})[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

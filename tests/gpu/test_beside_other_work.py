@@ -46,21 +46,22 @@ def images(resnet: tb.EngineModule, device: torch.device) -> list[torch.Tensor]:
 
 def differing(calls: list[Call], images: list[torch.Tensor]) -> int:
     """Calls that give other bits than alone, of eight threads with a stream each, that also compare there."""
+    on_gpu = images[0].is_cuda
     alone = []
     for call in calls:
         for _ in range(3):
             found = [call(image).clone() for image in images]
         alone.append(found)
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.synchronize()
 
     def work(index: int) -> int:
         differ = 0
-        with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
+        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
             for turn in range(CALLS):
                 which = (index + turn) % len(images)
                 result = calls[index](images[which])
-                if torch.cuda.is_available():
+                if on_gpu:
                     torch.cuda.current_stream().synchronize()
                 differ += not torch.equal(result, alone[index][which])
         return differ
