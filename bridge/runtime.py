@@ -20,7 +20,8 @@ from .backends import get_backend
 from .backends.base import Backend, Exchanging, Executable
 from .cuda_driver import capture_of, wait_for_ends
 from .cuda_graphs import GraphCache
-from .graph_capture import Captured, Capturer
+from .graph_capture import Capturer
+from .graph_sets import GraphSets
 from .lanes import Lane, LaneMaker, LanePool
 from .program import EngineStep, Program
 from .runtime_options import RuntimeOptions
@@ -145,8 +146,8 @@ class RunningProgram:
         Where calls run as CUDA graphs it is a replay and nothing else. Its results are valid until the module's next
         call.
         """
-        if self._graphs is not None and (captured := self._graphs.bind(inputs)) is not None:
-            return self._bound_replay(self._graphs, captured)
+        if self._graphs is not None and (replay := self._graphs.bind(inputs)) is not None:
+            return self._bound_replay(replay)
         results: list[torch.Tensor] = []
 
         def run() -> list[torch.Tensor]:
@@ -212,7 +213,7 @@ class RunningProgram:
         The device as a whole is not waited for: that is an error while some other stream is captured.
         """
         graphs = self._graphs
-        with graphs.lock if graphs is not None else nullcontext(), self._lanes.all_idle(keep) as lanes:
+        with graphs.held() if graphs is not None else nullcontext(), self._lanes.all_idle(keep) as lanes:
             if graphs is not None:
                 graphs.wait()
             for lane in lanes:
@@ -228,16 +229,18 @@ class RunningProgram:
         """What happened since it was loaded and what there is now, for `stats.Stats`, which tells what each means."""
         graphs = self._graphs
         captured = 0 if graphs is None else len(graphs)
-        replays = 0 if graphs is None else graphs.counters["graph_replays"]
+        counted = {} if graphs is None else graphs.counters
+        replays = counted.get("graph_replays", 0)
+        sets = graphs.sets if graphs is not None and captured else 0
         return {
             "calls": self._calls,
             "plain_calls": self._calls - replays,
             "graph_replays": replays,
             "captured_graphs": captured,
-            "graph_captures": 0 if graphs is None else graphs.counters["graph_captures"],
-            "graph_evictions": 0 if graphs is None else graphs.counters["graph_evictions"],
+            "graph_captures": counted.get("graph_captures", 0),
+            "graph_evictions": counted.get("graph_evictions", 0),
             "contexts": self._lanes.made,
-            "workspace_bytes": self.workspace_bytes * (self._lanes.made + bool(captured)),
+            "workspace_bytes": self.workspace_bytes * (self._lanes.made + sets),
         }
 
     # Parts
@@ -286,14 +289,14 @@ class RunningProgram:
                 ) from error
         return outputs
 
-    def _bound_replay(self, graphs: GraphCache, captured: Captured) -> Callable[[], list[torch.Tensor]]:
+    def _bound_replay(self, replay: Callable[[], list[torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
         def run() -> list[torch.Tensor]:
             self._calls += 1
-            return list(graphs.replay_bound(captured))
+            return list(replay())
 
         return run
 
-    def _make_graphs(self, problem: str, options: RuntimeOptions) -> tuple[GraphCache | None, str]:
+    def _make_graphs(self, problem: str, options: RuntimeOptions) -> tuple[GraphSets | None, str]:
         """The graphs of this program, or None and why there are none; `problem` is the program's own reason."""
         if self.device.type != "cuda":
             return None, f"calls on {self.device} have none"
@@ -301,9 +304,18 @@ class RunningProgram:
             return None, "cuda_graphs=False"
         if problem:
             return None, problem
-        capturer = Capturer(self._run, self._make_lane, self.device, self._overlap)
-        graphs = GraphCache(capturer, options.max_graphs, options.cuda_graphs == "auto", not options.reuse_outputs)
-        return graphs, ""
+        # Without a reference to this object, as above.
+        run, make_lane, device, overlap = self._run, self._make_lane, self.device, self._overlap
+
+        def make(may_measure: bool) -> GraphCache:
+            measures = may_measure and options.cuda_graphs == "auto"
+            capturer = Capturer(run, make_lane, device, overlap)
+            return GraphCache(capturer, options.max_graphs, measures, not options.reuse_outputs)
+
+        def stream() -> int:
+            return torch._C._cuda_getCurrentRawStream(device.index)
+
+        return GraphSets(make, options.parallel_replays, stream), ""
 
     def _own_stream(self) -> torch.cuda.Stream:
         own: OwnStream | None = getattr(self._local, "own", None)

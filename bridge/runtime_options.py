@@ -22,8 +22,10 @@ class RuntimeOptions:
         cuda_graphs: on a GPU, replay one CUDA graph over all engines and plugins of a call: True wherever the program
             can be captured, "auto" where a replay was also measured to be no slower than a plain call, False never. A
             graph is kept for each combination of input shapes, from the second call with it on.
-        max_graphs: most CUDA graphs that are kept, one for each combination of input shapes. Where there are more, the
-            one that was not used for longest makes room.
+        max_graphs: most CUDA graphs that are kept, one for each combination of input shapes (and each of the
+            `parallel_replays`). Where there are more, the one that was not used for longest makes room.
+        parallel_replays: most replays that run at once, of calls on different streams. Each has graphs of its own, with
+            contexts and scratch memory; weights are shared. With 1 they run one after the other.
         reuse_outputs: results of replays are the graph's own tensors, valid until the next call, in place of fresh
             ones; saves one copy.
         max_contexts: most calls that run at once; each has execution contexts and scratch memory of its own. Further
@@ -41,6 +43,7 @@ class RuntimeOptions:
 
     cuda_graphs: bool | str = "auto"
     max_graphs: int = 16
+    parallel_replays: int = 1
     reuse_outputs: bool = False
     max_contexts: int = 8
     share_workspace: bool = True
@@ -53,7 +56,7 @@ class RuntimeOptions:
         may_overlap = self.overlap_kernels is None or isinstance(self.overlap_kernels, bool)
         self._need(may_overlap, "overlap_kernels", "True, False or None")
         self._need(isinstance(self.cuda_graphs, bool) or self.cuda_graphs == "auto", "cuda_graphs", 'a bool or "auto"')
-        for name in ("max_graphs", "max_contexts"):
+        for name in ("max_graphs", "parallel_replays", "max_contexts"):
             value = getattr(self, name)
             self._need(isinstance(value, int) and not isinstance(value, bool) and value > 0, name, "an int above 0")
         strategies = (None, *SPECIALIZATIONS)

@@ -25,6 +25,7 @@ THREAD_MODELS = ("resnet50", "twelve_plugins")
 _SHAPES = 8
 _SAMPLES = 20
 _OVERLAPPED = "True, overlapped"
+_PARALLEL = "True, parallel_replays"
 _CHECKED = 100  # results of each thread that are compared
 FLAT_BYTES = 1 << 20
 """Most that allocated device memory may grow by after the first fifth of the calls."""
@@ -132,16 +133,18 @@ def threads(model: str, settings: Settings, keep: Keep) -> list[Row]:
     for mode, options in {
         "False": {"cuda_graphs": False, **fixed},
         "True": {"cuda_graphs": True},
+        _PARALLEL: {"cuda_graphs": True, "parallel_replays": settings.threads},
         _OVERLAPPED: {"cuda_graphs": True, "overlap_kernels": True},
     }.items():
         module = tb.load(program_file(settings, model), models.here(), **options)
-        several = [module, *(copy.deepcopy(module) for _ in range(settings.threads - 1))]
+        others = 0 if mode == _PARALLEL else settings.threads - 1  # that is what it makes needless
+        several = [module, *(copy.deepcopy(module) for _ in range(others))]
         alone = 0.0
         for way, crowd in (
             ("one thread", [module]),
             ("one module", [module] * settings.threads),
             ("own modules", several),
-        ):
+        )[: 2 if mode == _PARALLEL else 3]:
             rate, cosine, differ = _crowd(crowd, given, expected, settings)
             alone = alone or rate
             rows.append({"way": way, "cuda_graphs": mode, "threads": len(crowd), "calls_per_s": round(rate, 1),

@@ -25,6 +25,7 @@ from trtbridge.bridge.backends.trt_outputs import SizedByData
 from trtbridge.bridge.backends.trt_run import _raise_failure
 from trtbridge.bridge.cuda_graphs import GraphCache
 from trtbridge.bridge.graph_capture import Captured, Capturer
+from trtbridge.bridge.graph_sets import GraphSets
 from trtbridge.bridge.lanes import LaneMaker
 from trtbridge.plugins.tensorrt_v3 import PluginHost
 
@@ -73,18 +74,20 @@ def test_graphs_hold_their_lanes_and_not_the_program() -> None:
     module = convert()
     running = module._running
     assert running is not None
-    running._graphs = GraphCache(OneStream(running._run, running._make_lane, CPU), 4, False, True)
+    cache = GraphCache(OneStream(running._run, running._make_lane, CPU), 4, False, True)
+    made = [cache]
+    running._graphs = GraphSets(lambda _: made.pop(), 1, lambda: 0)
     x = torch.ones(2, 4)
     expected = module(x)
     for _ in range(3):
         result = running._graphs.call([x])
     assert result is not None
     torch.testing.assert_close(result[0], expected)
-    (graph,) = running._graphs._graphs.values()
+    (graph,) = cache._graphs.values()
     call = module.bind(x)
     torch.testing.assert_close(call(), expected)
     found = [*parts(module), *map(weakref.ref, (running._graphs, graph, graph.lane))]
-    del module, running, graph
+    del module, running, graph, cache
     assert len(alive(found)) == len(found), "the bound call has them"
     torch.testing.assert_close(call(), expected)
     del call

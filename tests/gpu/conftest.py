@@ -22,11 +22,13 @@ from typing import Any
 import pytest
 import torch
 
+import trtbridge as tb
 from trtbridge.bridge.backends import all_statuses
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for helpers.py and zoo.py, which scripts/gpu_check.py runs as well
 
+from calls_model import BATCH, Make, Net, arguments  # noqa: E402
 from helpers import DRY_RUN, GPU_BACKENDS, Report, environment, usable_backends  # noqa: E402
 
 
@@ -69,6 +71,31 @@ def report(record_property: Callable[[str, object], None], backend: str) -> Repo
         record_property("row", json.dumps({"table": table, "backend": backend, **values}))
 
     return add
+
+
+@pytest.fixture(scope="session")
+def eager(device: torch.device) -> Net:
+    """The network of calls_model.py, where a file of tests has no other."""
+    torch.manual_seed(0)
+    return Net().eval().to(device)
+
+
+@pytest.fixture(scope="session")
+def converted(eager: Net, backend: str, device: torch.device) -> tb.EngineModule:
+    """The same, converted once for all files."""
+    shapes = {"x": {0: BATCH}, "scale": {0: BATCH}}
+    return tb.convert(eager, arguments(4, device), dynamic_shapes=shapes, backend=backend)
+
+
+@pytest.fixture
+def make(converted: tb.EngineModule) -> Make:
+    """The converted program, running in another way."""
+
+    def again(**options: Any) -> tb.EngineModule:
+        runtime = tb.RuntimeOptions.make(options)
+        return tb.EngineModule(converted.program, converted.device, options=runtime)
+
+    return again
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import random
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,68 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from calls_model import BATCH, SLEEP_CYCLES, Make, Net, arguments, close
 from helpers import DRY_RUN, Report
-from torch.nn import functional as F
 
 import trtbridge as tb
 from trtbridge.plugins.streams import own_stream
-
-BATCH = tb.Dim("batch", min=1, opt=4, max=64)
-SLEEP_CYCLES = 200_000_000  # some 0.1 s
-
-
-class Net(torch.nn.Module):
-    """Two engines with a plugin between them, two inputs, two results in a dict."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = torch.nn.Linear(16, 32)
-        self.last = torch.nn.Linear(32, 8)
-
-    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        values, indices = torch.cummax(F.gelu(self.first(x * scale)), 1)
-        return {"scores": self.last(values), "sum": indices.sum(1)}
-
-
-def arguments(batch: int, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1000 * seed + batch)
-    return (
-        torch.randn(batch, 16, generator=generator).to(device),
-        torch.rand(batch, 1, generator=generator).to(device),
-    )
-
-
-@pytest.fixture(scope="session")
-def eager(device: torch.device) -> Net:
-    torch.manual_seed(0)
-    return Net().eval().to(device)
-
-
-@pytest.fixture(scope="session")
-def converted(eager: Net, backend: str, device: torch.device) -> tb.EngineModule:
-    shapes = {"x": {0: BATCH}, "scale": {0: BATCH}}
-    return tb.convert(eager, arguments(4, device), dynamic_shapes=shapes, backend=backend)
-
-
-Make = Callable[..., tb.EngineModule]
-
-
-@pytest.fixture
-def make(converted: tb.EngineModule) -> Make:
-    """The converted program, running in another way."""
-
-    def again(**options: Any) -> tb.EngineModule:
-        runtime = tb.RuntimeOptions.make(options)
-        return tb.EngineModule(converted.program, converted.device, options=runtime)
-
-    return again
-
-
-def close(got: dict[str, torch.Tensor], eager: Net, given: tuple[torch.Tensor, ...]) -> None:
-    with torch.no_grad():
-        expected = eager(*given)
-    torch.testing.assert_close(got["scores"], expected["scores"], rtol=2e-3, atol=2e-3)
-    assert got["sum"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("mode", [True, "auto", False], ids=str)
@@ -132,33 +73,6 @@ def test_eight_shapes_in_turn_need_no_new_capture(make: Make, eager: Net, cuda: 
             close(module(*given), eager, given)
         if turn >= 1:
             assert module.stats().graph_captures == 8
-
-
-def test_random_shapes_leave_memory_flat(make: Make, cuda: torch.device, report: Report) -> None:
-    module = make(cuda_graphs=True)
-    pick = random.Random(0)
-
-    def run(calls: int) -> int:
-        for _ in range(calls):
-            module(*arguments(pick.randint(1, 64), cuda))
-        gc.collect()
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
-
-    run(1000)
-    before = run(200)
-    torch.cuda.reset_peak_memory_stats()
-    after = run(2000)
-    report(
-        "random shapes",
-        calls=2000,
-        allocated_mib_before=round(before / 2**20, 2),
-        allocated_mib_after=round(after / 2**20, 2),
-        peak_mib=round(torch.cuda.max_memory_allocated() / 2**20, 2),
-        graphs=module.stats().captured_graphs,
-        captures=module.stats().graph_captures,
-    )
-    assert after <= before + (1 << 20)
 
 
 @pytest.mark.parametrize("kind", ["default", "side"])
@@ -219,6 +133,50 @@ def test_eight_threads(make: Make, eager: Net, cuda: torch.device, mode: bool, o
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     assert module.stats().contexts <= 3
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_streams_wait_for_one_another_or_not(make: Make, eager: Net, cuda: torch.device, most: int) -> None:
+    module = make(cuda_graphs=True, parallel_replays=most)
+    slow, quick = torch.cuda.Stream(), torch.cuda.Stream()
+    a, b = arguments(4, cuda, 1), arguments(4, cuda, 2)
+    for stream, given in ((slow, a), (quick, b)):
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                module(*given)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(slow):
+        torch.cuda._sleep(SLEEP_CYCLES)
+        late = module(*a)
+    with torch.cuda.stream(quick):
+        early = module(*b)
+    quick.synchronize()
+    assert slow.query() is (most == 1)
+    slow.synchronize()
+    close(late, eager, a)
+    close(early, eager, b)
+    assert module.stats().captured_graphs == most
+
+
+def test_eight_threads_on_four_sets_of_graphs(make: Make, eager: Net, cuda: torch.device) -> None:
+    module = make(cuda_graphs=True, parallel_replays=4)
+    given = [arguments(batch, cuda, batch) for batch in (1, 2, 3)]
+
+    def work(thread: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for turn in range(40):
+                these = given[(thread + turn) % 3]
+                result = module(*these)
+                stream.synchronize()
+                close(result, eager, these)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    found = module.stats()
+    assert found.graph_captures == found.captured_graphs == 4 * len(given)
+    call = module.bind(*given[0])
+    close(call(), eager, given[0])
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=str)
@@ -491,70 +449,3 @@ def test_a_graph_of_one_kernel(backend: str, cuda: torch.device) -> None:
     with torch.no_grad():
         torch.testing.assert_close(call(), layer(x), rtol=1e-2, atol=1e-2)  # TF32
     assert module.stats().graph_replays == 1
-
-
-@pytest.mark.parametrize("share", [True, False], ids=["shared", "own"])
-def test_a_dropped_module_frees_its_memory_at_once(make: Make, eager: Net, cuda: torch.device, share: bool) -> None:
-    """Without the garbage collector. The first of the two lives is for what libraries keep for good."""
-    side = torch.cuda.Stream()  # one for both: cuBLAS keeps memory for each stream that eager runs on
-
-    def live() -> list[weakref.ref[Any]]:
-        module = make(cuda_graphs=True, share_workspace=share)
-        for turn in range(3):
-            for batch in (1, 4):
-                given = arguments(batch, cuda, turn)
-                close(module(*given), eager, given)
-        assert module.stats().captured_graphs == 2
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            close(make(cuda_graphs=False, share_workspace=share)(*given), eager, given)
-            close(module(*given), eager, given)
-        side.synchronize()
-        with pytest.raises(tb.InputError):
-            module(*arguments(65, cuda))
-        bound = arguments(4, cuda)
-        call = module.bind(*bound)
-        close(call(), eager, bound)
-        running = module._running
-        assert running is not None
-        found = [weakref.ref(module), weakref.ref(running), *map(weakref.ref, running._lanes._idle)]
-        del module, running
-        assert all(ref() is not None for ref in found), "the bound call keeps it"
-        close(call(), eager, bound)
-        return found
-
-    gc.collect()
-    torch.cuda.synchronize()
-    gc.disable()
-    try:
-        for _ in range(2):
-            before = torch.cuda.memory_allocated()
-            found = live()
-            assert [ref() for ref in found] == [None] * len(found)
-            torch.cuda.synchronize()
-            torch.empty(
-                1, device=cuda
-            )  # the allocator looks for what other streams have used when it is asked for some
-            after = torch.cuda.memory_allocated()
-        assert after == before
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("mode", [True, False], ids=str)
-def test_a_module_may_go_right_after_a_call(make: Make, eager: Net, cuda: torch.device, mode: bool) -> None:
-    given = arguments(64, cuda)
-    side = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    module = make(cuda_graphs=mode)
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            module(*given)
-        torch.cuda._sleep(SLEEP_CYCLES)
-        result = module(*given)
-        assert not side.query(), "its kernels are still to run"
-        del module
-    noise = [torch.full((1 << 20,), float("nan"), device=cuda) for _ in range(8)]  # over what it has freed
-    side.synchronize()
-    assert all(bool(tensor.isnan().all()) for tensor in noise), "nothing of it writes any more"
-    close(result, eager, given)

@@ -1,0 +1,112 @@
+"""Sets of CUDA graphs of one module: replays that are given to different streams may run at once, each in its own set.
+
+One graph cannot run twice at once: a replay writes to the graph's own memory. With one set, calls of several threads
+are right and take turns on the device, which small inputs leave mostly idle. Each further set has graphs, contexts and
+scratch memory of its own; weights are shared by all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from .cuda_graphs import GraphCache
+
+_MOST_STREAMS = 1024  # whose set is remembered
+
+
+class GraphSets:
+    """The graphs of one module.
+
+    Args:
+        make: makes a set; told whether it may find by measuring that plain calls are faster, which the first one alone
+            does: later ones would measure beside other calls.
+        most: how many sets there may be.
+        stream: the handle of torch's current stream.
+    """
+
+    def __init__(self, make: Callable[[bool], GraphCache], most: int, stream: Callable[[], int]) -> None:
+        self._make = make
+        self._most = most
+        self._stream = stream
+        self._sets = [make(True)]
+        self._of_stream: OrderedDict[int, GraphCache] = OrderedDict()
+        self._lock = threading.RLock()
+        self._next = 0
+
+    def __len__(self) -> int:
+        """How many graphs there are."""
+        return sum(map(len, self._sets))
+
+    @property
+    def sets(self) -> int:
+        """How many sets there are."""
+        return len(self._sets)
+
+    @property
+    def refusal(self) -> str:
+        """Why there are no graphs (any more), "" where there are."""
+        return self._sets[0].refusal
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What happened in all sets."""
+        total: Counter[str] = Counter()
+        for each in self._sets:
+            total.update(each.counters)
+        return total
+
+    def call(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Replay a graph on torch's current stream, in the set of that stream; see `GraphCache.call`."""
+        return self._pick().call(inputs)
+
+    def bind(self, inputs: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]] | None:
+        """A replay that reads these very tensors; None where there can be none (`refusal`)."""
+        chosen = self._pick()
+        captured = chosen.bind(inputs)
+        return None if captured is None else lambda: chosen.replay_bound(captured)
+
+    def clear(self) -> None:
+        """Forget all graphs, and all sets but the first; they are made anew when they are needed."""
+        with self.held():
+            for each in self._sets:
+                each.clear()
+            del self._sets[1:]
+            self._of_stream.clear()
+            self._next = 0
+
+    def wait(self) -> None:
+        """Wait on the host until all replays are done."""
+        for each in self._sets:
+            each.wait()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody replays or captures meanwhile."""
+        with self._lock, ExitStack() as stack:
+            for each in self._sets:
+                stack.enter_context(each.lock)
+            yield
+
+    def _pick(self) -> GraphCache:
+        """The set of torch's current stream. Streams take the sets in turn: what is given to one stream runs in order,
+        and gains nothing from a second set. What the first has found out about plain calls counts for all.
+        """
+        first = self._sets[0]
+        if self._most == 1 or first.refusal:
+            return first
+        with self._lock:
+            stream = self._stream()
+            chosen = self._of_stream.get(stream)
+            if chosen is None:
+                if self._next >= len(self._sets):
+                    self._sets.append(self._make(False))
+                chosen = self._of_stream[stream] = self._sets[self._next]
+                self._next = (self._next + 1) % self._most
+                if len(self._of_stream) > _MOST_STREAMS:
+                    self._of_stream.popitem(last=False)
+            return chosen

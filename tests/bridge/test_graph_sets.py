@@ -1,0 +1,143 @@
+"""Sets of CUDA graphs, one for streams that replay at once: the rules, with a capturer that needs no GPU."""
+
+from __future__ import annotations
+
+import threading
+from typing import cast
+
+import pytest
+import torch
+from fake_capturer import FakeCapturer
+
+import trtbridge as tb
+from trtbridge.bridge.cuda_graphs import GraphCache
+from trtbridge.bridge.graph_capture import Capturer
+from trtbridge.bridge.graph_sets import GraphSets
+
+
+class Crowd:
+    """Sets over fake capturers, called from streams by number."""
+
+    def __init__(self, most: int, measure: bool = False) -> None:
+        self.stream = 0
+        self.capturers: list[FakeCapturer] = []
+        self.measures: list[bool] = []
+        self.faster = True
+        self._measure = measure
+        self.sets = GraphSets(self._make, most, lambda: self.stream)
+
+    def _make(self, may_measure: bool) -> GraphCache:
+        capturer = FakeCapturer()
+        capturer.faster = self.faster
+        self.capturers.append(capturer)
+        self.measures.append(may_measure)
+        return GraphCache(cast(Capturer, capturer), 4, may_measure and self._measure, fresh_outputs=True)
+
+    def call(self, stream: int, batch: int = 4, value: float = 1.0) -> bool:
+        """Call on a stream, check the numbers, and say whether it was a replay."""
+        self.stream = stream
+        found = self.sets.call([torch.full((batch, 3), value)])
+        if found is not None:
+            torch.testing.assert_close(found[0], torch.full((batch, 3), 2 * value))
+        return found is not None
+
+    @property
+    def captures(self) -> list[int]:
+        """Of each set."""
+        return [len(capturer.captured) for capturer in self.capturers]
+
+
+def test_one_set_serves_all_streams() -> None:
+    crowd = Crowd(most=1)
+    assert [crowd.call(stream) for stream in (1, 2, 3)] == [False, True, True]
+    assert (crowd.sets.sets, len(crowd.sets), crowd.captures) == (1, 1, [1])
+
+
+def test_each_stream_keeps_its_set() -> None:
+    crowd = Crowd(most=2)
+    calls = [crowd.call(stream, value=value) for value in (1.0, 2.0, 3.0) for stream in (7, 8)]
+    assert calls == [False, False, True, True, True, True]
+    assert (crowd.sets.sets, len(crowd.sets), crowd.captures) == (2, 2, [1, 1])
+    assert crowd.sets.counters == {"graph_replays": 4, "graph_captures": 2, "graph_evictions": 0}
+
+
+def test_streams_take_the_sets_in_turn() -> None:
+    crowd = Crowd(most=2)
+    for stream in range(5):
+        assert [crowd.call(stream, 4) for _ in range(2)][1]
+    assert crowd.sets.sets == 2
+    assert crowd.captures == [1, 1], "the third, fourth and fifth found graphs there"
+
+
+def test_one_stream_makes_one_set() -> None:
+    crowd = Crowd(most=8)
+    assert [crowd.call(3) for _ in range(4)] == [False, True, True, True]
+    assert crowd.sets.sets == 1
+
+
+def test_the_first_set_alone_measures() -> None:
+    crowd = Crowd(most=2, measure=True)
+    assert crowd.call(1) + crowd.call(1) == 1
+    crowd.faster = False
+    assert crowd.call(2) + crowd.call(2) == 1
+    assert crowd.measures == [True, False]
+    assert crowd.sets.refusal == ""
+
+
+def test_no_set_has_graphs_where_plain_calls_are_faster() -> None:
+    crowd = Crowd(most=3, measure=True)
+    crowd.capturers[0].faster = False
+    assert not any(crowd.call(stream) for stream in (1, 1, 1, 2, 2, 2, 3, 3, 3))
+    assert crowd.sets.refusal == "a plain call was measured to be faster than a replay"
+    assert crowd.captures == [1], "and no further set was made"
+
+
+def test_a_bound_call_replays_in_the_set_of_its_stream() -> None:
+    crowd = Crowd(most=2)
+    bound = []
+    for stream in (1, 2):
+        crowd.stream = stream
+        x = torch.full((2, 3), float(stream))
+        replay = crowd.sets.bind([x])
+        assert replay is not None
+        bound.append((x, replay))
+    assert crowd.captures == [1, 1]
+    for x, replay in bound:
+        torch.testing.assert_close(replay()[0], 2 * x)
+    assert crowd.sets.counters["graph_replays"] == 2
+
+
+def test_cleared_sets_are_made_anew() -> None:
+    crowd = Crowd(most=2)
+    for _ in range(2):
+        for stream in (1, 2):
+            crowd.call(stream)
+    crowd.sets.clear()
+    assert (crowd.sets.sets, len(crowd.sets)) == (1, 0)
+    assert [crowd.call(2), crowd.call(1), crowd.call(2), crowd.call(1)] == [False, False, True, True]
+    assert crowd.captures == [2, 1, 1]
+
+
+def test_who_holds_the_sets_keeps_all_streams_waiting() -> None:
+    crowd = Crowd(most=2)
+    for stream in (1, 1, 2, 2):
+        crowd.call(stream)
+    done = threading.Event()
+
+    def call() -> None:
+        crowd.call(2)
+        done.set()
+
+    waiting = threading.Thread(target=call)
+    with crowd.sets.held():
+        waiting.start()
+        assert not done.wait(0.2)
+        assert crowd.sets.counters["graph_replays"] == 2
+    waiting.join(10)
+    assert crowd.sets.counters["graph_replays"] == 3
+
+
+def test_the_option() -> None:
+    assert tb.RuntimeOptions().parallel_replays == 1
+    with pytest.raises(tb.OptionError, match="parallel_replays=0: must be an int above 0"):
+        tb.RuntimeOptions(parallel_replays=0)
