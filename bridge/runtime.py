@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from .lanes import Lane, LaneMaker, LanePool
 from .program import EngineStep, Program
 from .runtime_options import RuntimeOptions
 from .runtime_steps import RunStep, StepRunner, capture_problem, engine_step, plugin_step, require_ops
+from .turns import host_turn
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,11 @@ class RunningProgram:
         # One set of contexts is made now, so that a lack of memory shows when the program is loaded.
         self._lanes = LanePool(self._make_lane, options.max_contexts)
         self._lanes.give(self._lanes.take())
+        # Where the host waits for the device within a call, others go on meanwhile.
+        waits = device.type != "cuda" or bool(problem)
+        self._turn: Callable[[], AbstractContextManager[None]] = (
+            nullcontext if waits else partial(host_turn, device.index)
+        )
         self._captured: dict[tuple[int, int], Lane] = {}  # by stream and capture of the caller
         self._overlap = options.overlaps(program.backend)
         self._count_lock = threading.Lock()
@@ -250,11 +257,12 @@ class RunningProgram:
         try:
             if lane.order is None:
                 return self._run(inputs, lane)
-            lane.order.enter()
-            try:
-                return self._run(inputs, lane)
-            finally:
-                lane.order.leave()
+            with self._turn():
+                lane.order.enter()
+                try:
+                    return self._run(inputs, lane)
+                finally:
+                    lane.order.leave()
         finally:
             self._lanes.give(lane)
 

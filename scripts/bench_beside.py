@@ -4,13 +4,17 @@ torch.compile runs in its modes "reduce-overhead" and "max-autotune": both of th
 kernels besides, for a minute or more a model ("max-autotune-no-cudagraphs" has none and is not measured). Whatever
 compiles comes last, and what was measured before it is written down first: a unit that is killed for time keeps that.
 "reduce-overhead" tunes next to nothing by measuring, so it compiles before the unit waits for its turn on the GPU
-(TRTBRIDGE_BENCH_LOCK).
+(TRTBRIDGE_BENCH_LOCK). What "max-autotune" compiles can be compiled ahead by `--prepare MODEL BATCH MODE` of this file,
+on another GPU: with TRITON_CACHE_DIR the same and TORCHINDUCTOR_CACHE_DIR another one, so that it is tuned once more.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import bench_models as models
@@ -41,6 +45,8 @@ def beside(unit: str, settings: Settings, keep: Keep) -> list[Row]:
     torch.set_grad_enabled(False)
     expected = [tensor.clone() for tensor in leaves(module(*given.args, **given.kwargs))]
     early = {mode: _kept(_inductor, module, given, mode) for mode in settings.inductor if mode in _UNTUNED}
+    with suppress(Exception):  # it is tried again, and told, below
+        ours(program_file(settings, model), given, _OURS)  # kernels for these sizes are compiled, and kept on disk
     with alone():
         return _in_turn(model, settings, given, keep, expected, _others(module, given, settings, early))
 
@@ -173,3 +179,16 @@ def wrong(rows: Sequence[Row]) -> list[str]:
         if row["way"] in _OURS and row.get("cosine", 1.0) < LEAST_COSINE:
             found.append(f"beside, {row['unit']}, {row['way']}: cosine to eager {row['cosine']:.6f}")
     return found
+
+
+def prepare(model: str, batch: int, mode: str) -> None:
+    """Compile a model with torch.compile, for what that leaves in Triton's cache."""
+    settings = Settings(Path())
+    given = models.example(model, settings, batch)
+    with torch.no_grad():
+        _inductor(models.eager(model, settings), given, mode)
+
+
+if __name__ == "__main__":
+    _, _, name, size, how = sys.argv  # --prepare MODEL BATCH MODE
+    prepare(name, int(size), how)
