@@ -6,8 +6,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from .lanes import Lane, LaneMaker, LanePool
 from .program import EngineStep, Program
 from .runtime_options import RuntimeOptions
 from .runtime_steps import RunStep, StepRunner, capture_problem, engine_step, plugin_step, require_ops
-from .turns import host_turn
+from .turns import HostTurns
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +80,7 @@ class RunningProgram:
         self._lanes = LanePool(self._make_lane, options.max_contexts)
         self._lanes.give(self._lanes.take())
         # Where the host waits for the device within a call, others go on meanwhile.
-        waits = device.type != "cuda" or bool(problem)
-        self._turn: Callable[[], AbstractContextManager[None]] = (
-            nullcontext if waits else partial(host_turn, device.index)
-        )
+        self._turns = HostTurns(device.index) if device.type == "cuda" and not problem else None
         self._captured: dict[tuple[int, int], Lane] = {}  # by stream and capture of the caller
         self._overlap = options.overlaps(program.backend)
         self._count_lock = threading.Lock()
@@ -257,7 +253,7 @@ class RunningProgram:
         try:
             if lane.order is None:
                 return self._run(inputs, lane)
-            with self._turn():
+            with nullcontext() if self._turns is None else self._turns.turn(tuple(t.shape for t in inputs)):
                 lane.order.enter()
                 try:
                     return self._run(inputs, lane)

@@ -183,15 +183,35 @@ def bench(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One record of several; where two have a unit, the later one counts."""
-    merged: dict[str, Any] = {"runs": [], "rows": []}
+    """One record of several; where two have a unit, the later one counts.
+
+    Runs of one day on one machine with one state of the sources are one: its units were measured one after the other,
+    or on different GPUs of it.
+    """
+    runs: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for record in records:
-        first = len(merged["runs"])
-        merged["runs"] += record["runs"]
+        numbers = []
+        for run in record["runs"]:
+            same = [index for index, other in enumerate(runs) if _same(run, other)]
+            if not same:
+                runs.append(run)
+            numbers.append(same[0] if same else len(runs) - 1)
         known = {(row["part"], row["unit"]) for row in record["rows"]}
-        merged["rows"] = [row for row in merged["rows"] if (row["part"], row["unit"]) not in known]
-        merged["rows"] += [{**row, "run": first + row["run"]} for row in record["rows"]]
-    return merged
+        rows = [row for row in rows if (row["part"], row["unit"]) not in known]
+        rows += [{**row, "run": numbers[row["run"]]} for row in record["rows"]]
+    kept = sorted({row["run"] for row in rows})
+    return {"runs": [runs[i] for i in kept], "rows": [{**row, "run": kept.index(row["run"])} for row in rows]}
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs differ in the hour alone, and in what torch.compile was to do."""
+
+    def what(run: dict[str, Any]) -> dict[str, Any]:
+        settings = {name: value for name, value in run.get("settings", {}).items() if name != "inductor"}
+        return {**run, "date": run.get("date", "")[:10], "settings": settings}
+
+    return what(one) == what(other)
 
 
 def wrong(record: dict[str, Any]) -> list[str]:

@@ -61,6 +61,17 @@ class Net(nn.Module):
         return {"scores": self.last(values), "sum": values.sum(1)}
 
 
+def _patiently(net: Net, given: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """Eager's results; torch before 2.13 has calls of `moody` fail with this error where two threads make some."""
+    for _ in range(5):
+        try:
+            return net(*given)
+        except KeyError as error:
+            if error.args != ("custom",):
+                raise
+    return net(*given)
+
+
 @dataclass
 class Entry:
     """A module that threads share.
@@ -207,7 +218,7 @@ class Soak:
         errors = []
         for name in weights:
             with self.tracing, torch.no_grad():
-                expected = self.eager[name](*given)
+                expected = _patiently(self.eager[name], given)
             if set(result) == set(expected) and all(result[k].shape == expected[k].shape for k in expected):
                 error = max(
                     float((result[k] - v).abs().max() / v.abs().max().clamp(min=1)) for k, v in expected.items()

@@ -1,4 +1,4 @@
-"""Turns of threads on the host: one at a time, never for good."""
+"""Turns of threads on the host: one at a time, never for good, and not while kernels are compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from trtbridge.bridge import turns
-from trtbridge.bridge.turns import host_turn
+from trtbridge.bridge.turns import HostTurns
+
+SHAPES = (1, 3)
 
 
 @pytest.fixture
@@ -17,14 +19,36 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "PATIENCE_S", 30.0)
 
 
+def _known(device: int = 0) -> HostTurns:
+    """Of a program that has seen these shapes."""
+    made = HostTurns(device)
+    with made.turn(SHAPES):
+        pass
+    return made
+
+
+def _passes(program: HostTurns, within_s: float, shapes: object = SHAPES) -> bool:
+    """Whether another thread has its turn in that time; it is waited for."""
+    done = threading.Event()
+
+    def call() -> None:
+        with program.turn(shapes):
+            done.set()
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    return done.wait(within_s)
+
+
 @pytest.mark.usefixtures("_patient")
-def test_one_thread_at_a_time() -> None:
+def test_one_thread_at_a_time_whatever_the_program() -> None:
+    programs = [_known(), _known()]
     inside: list[int] = []
     most: list[int] = []
 
     def work(number: int) -> None:
         for _ in range(20):
-            with host_turn(0):
+            with programs[number % 2].turn(SHAPES):
                 inside.append(number)
                 most.append(len(inside))
                 time.sleep(1e-4)  # lets go of Python's lock, as a launch does
@@ -37,47 +61,44 @@ def test_one_thread_at_a_time() -> None:
 
 @pytest.mark.usefixtures("_patient")
 def test_a_call_within_a_call_has_its_turn_and_devices_have_their_own() -> None:
-    done = threading.Event()
-
-    def other_device() -> None:
-        with host_turn(1):
-            done.set()
-
-    with host_turn(0), host_turn(0):
-        thread = threading.Thread(target=other_device)
-        thread.start()
-        assert done.wait(10)
-    thread.join()
-
-
-def test_who_waits_for_long_goes_on() -> None:
-    """So a plugin may wait for another thread that calls a module."""
-    passed = []
-
-    def call() -> None:
-        with host_turn(0):
-            passed.append(True)
-
-    with host_turn(0):
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join(10)
-        assert passed == [True]
-    call()
-    assert len(passed) == 2
+    program = _known()
+    with program.turn(SHAPES), program.turn(SHAPES):
+        assert not _passes(_known(), 0.1)
+        assert _passes(_known(device=1), 10)
 
 
 @pytest.mark.usefixtures("_patient")
-def test_a_call_that_fails_gives_its_turn_back() -> None:
-    with pytest.raises(ValueError, match="no"), host_turn(0):
+def test_nobody_waits_for_a_first_call_with_some_shapes() -> None:
+    program = _known()
+    with program.turn((7, 7)):
+        assert _passes(program, 10)
+    with program.turn((7, 7)):
+        assert not _passes(program, 0.1)
+
+
+@pytest.mark.usefixtures("_patient")
+def test_a_first_call_with_some_shapes_waits_for_nobody() -> None:
+    program = _known()
+    with program.turn(SHAPES):
+        assert _passes(program, 10, shapes=(8, 8))
+
+
+def test_who_waits_for_long_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a plugin may wait for another thread that calls a module."""
+    monkeypatch.setattr(turns, "PATIENCE_S", 0.05)
+    program = _known()
+    with program.turn(SHAPES):
+        assert _passes(program, 10)
+    assert _passes(program, 10), "who went on did not give back what was not his"
+
+
+@pytest.mark.usefixtures("_patient")
+def test_a_call_that_fails_gives_its_turn_back_and_is_no_first_call() -> None:
+    program = HostTurns(0)
+    with pytest.raises(ValueError, match="no"), program.turn(SHAPES):
         raise ValueError("no")
-    done = threading.Event()
-
-    def call() -> None:
-        with host_turn(0):
-            done.set()
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    assert done.wait(10)
-    thread.join()
+    with program.turn(SHAPES):
+        assert _passes(_known(), 10), "those shapes are new still"
+    with pytest.raises(ValueError, match="no"), program.turn(SHAPES):
+        raise ValueError("no")
+    assert _passes(_known(), 10)

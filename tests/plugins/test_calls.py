@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -145,3 +146,55 @@ def test_custom_ops_run_one_at_a_time_where_torch_loses_count(monkeypatch: pytes
     assert together() == 1
     monkeypatch.setattr(registry, "_TORCH_RACES", False)
     assert together() > 1
+
+
+def test_a_note_of_torch_that_another_thread_took_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does before 2.13 where an op of the caller's runs beside one of ours: the call is made again."""
+    calls: list[torch.Tensor] = []
+    missing = 2
+
+    def annotate() -> None:
+        del {}["custom"]
+
+    @torch.library.custom_op("trtbridge_test_turns::noted", mutates_args=("x",))
+    def noted(x: torch.Tensor) -> None:
+        calls.append(x.clone())
+        x.add_(1)
+        if len(calls) <= missing:
+            annotate()
+
+    template = json.dumps(json.loads(encode_tensors((X,), {})[1]) | {"writes": [0]})
+    monkeypatch.setattr(registry, "_TORCH_RACES", True)
+    given = X.clone()
+    op = torch.ops.trtbridge_test_turns.noted.default
+    (written,) = call_op(op, template, [given], X.device)
+    assert torch.equal(given, X)
+    assert torch.equal(written, X + 1)
+    assert len(calls) == 3
+    assert all(torch.equal(x, X) for x in calls), "each begins with what was given"
+
+    calls.clear()
+    missing = 100
+    with pytest.raises(KeyError, match="custom"):
+        call_op(op, template, [given], X.device)
+    assert len(calls) == 6
+    monkeypatch.setattr(registry, "_TORCH_RACES", False)
+    calls.clear()
+    with pytest.raises(KeyError, match="custom"):
+        call_op(op, template, [given], X.device)
+    assert len(calls) == 1, "later versions do not"
+
+
+def test_a_key_error_of_the_ops_own_is_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    @torch.library.custom_op("trtbridge_test_turns::lacking", mutates_args=())
+    def lacking(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        raise KeyError("custom")
+
+    tensors, template = encode_tensors((X,), {})
+    monkeypatch.setattr(registry, "_TORCH_RACES", True)
+    with pytest.raises(KeyError, match="custom"):
+        call_op(torch.ops.trtbridge_test_turns.lacking.default, template, tensors, X.device)
+    assert len(calls) == 1

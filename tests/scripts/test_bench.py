@@ -260,10 +260,26 @@ def test_one_unit_at_a_time(bench: ModuleType, tmp_path: Path, monkeypatch: pyte
 
 def test_the_later_record_counts(bench: ModuleType) -> None:
     rows = [floor_row("floor", 1.0), floor_row("bound", 1.01), beside_row("gpt2 1", "graph", 1.0, 1.0)]
-    merged = bench.merge([record_of(rows), record_of([beside_row("gpt2 1", "eager", 2.0, 1.0)])])
+    later = record_of([beside_row("gpt2 1", "eager", 2.0, 1.0)])
+    later["runs"][0]["source"] = "def"
+    merged = bench.merge([record_of(rows), later])
     assert len(merged["runs"]) == 2
     found = [(row["part"], row["way"], row["run"]) for row in merged["rows"]]
     assert found == [("floor", "floor", 0), ("floor", "bound", 0), ("beside", "eager", 1)]
+    assert bench.merge([merged, record_of(rows)])["runs"] == record_of(rows)["runs"], "of the other no row is left"
+
+
+def test_runs_of_one_day_machine_and_state_are_one(bench: ModuleType) -> None:
+    records = [record_of([beside_row(f"{name} 1", "graph", 1.0, 1.0)]) for name in ("gpt2", "unet", "bert", "vit")]
+    about = [record["runs"][0] for record in records]
+    about[0]["date"], about[1]["date"], about[2]["date"] = (
+        "2026-11-28 02:07 UTC", "2026-11-28 02:16 UTC", "2026-11-29 02:07 UTC",
+    )  # fmt: skip
+    about[3] |= {"date": "2026-11-28 02:07 UTC", "settings": {"dtype": "float32"}}
+    about[1]["settings"]["inductor"] = ["max-autotune"]
+    merged = bench.merge(records)
+    assert [row["run"] for row in merged["rows"]] == [0, 0, 1, 2]
+    assert [run["date"] for run in merged["runs"]] == [about[i]["date"] for i in (0, 2, 3)]
 
 
 def test_units_and_models(bench: ModuleType) -> None:
