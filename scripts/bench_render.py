@@ -218,12 +218,35 @@ def _beside(rows: Sequence[Row]) -> list[str]:
 
 
 def _where(rows: Sequence[Row]) -> list[str]:
-    lines = []
+    lines, slowest = [], []
     for row in rows:
+        if "layers" in row:
+            slowest += [
+                [
+                    row["unit"],
+                    str(row["batch"]),
+                    one["op"] or "–",
+                    one["module"] or "–",
+                    str(one["nodes"]),
+                    f"{one['ms']:.4f}",
+                ]
+                for one in row["layers"]
+            ]
+            continue
         ratio = f"{row['eager_ms'] / row['ours_ms']:.2f}" if row["ours_ms"] else ""
         times = [f"{row[name]:.3f}" for name in ("ours_ms", "eager_ms")]
         lines.append([row["unit"], str(row["batch"]), row["kind"], *times, ratio, f"{row['call_ms']:.3f}"])
-    return _table(["model", "batch", "kind", "ours", "eager", "eager / ours", "call"], lines)
+    kinds = _table(["model", "batch", "kind", "ours", "eager", "eager / ours", "call"], lines)
+    if not slowest:
+        return kinds
+    layers = _table(["model", "batch", "op", "module", "nodes", "ms"], slowest)
+    return [
+        *kinds,
+        "",
+        "The layers of the engines that take the most, with the nodes that were fused into them:",
+        "",
+        *layers,
+    ]
 
 
 def _shapes(rows: Sequence[Row]) -> list[str]:

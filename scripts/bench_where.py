@@ -16,19 +16,24 @@ from bench_common import DRY_RUN, Example, Keep, Row, Settings, program_file, sy
 
 import trtbridge as tb
 
-WHERE_MODELS = ("vit_base_patch16", "bert_base")
+WHERE_MODELS = ("vit_base_patch16", "bert_base", "unet", "resnet50", "convnext_tiny")
+"""Those of docs/bench.md that inductor is faster on, one of each kind."""
 KINDS = {
     "attention": ("attention", "softmax", "attn"),
-    "products": ("linear", "addmm", "mm", "matmul", "conv", "cudnn"),
+    "convolutions": ("conv", "cudnn"),
+    "products": ("linear", "addmm", "mm", "matmul"),
     "norms": ("norm",),
     "rest": ("",),
 }
 """What in the name of an op tells its kind; the first that fits counts."""
+SLOWEST = "slowest"
+"""The way, with its batch, of the row that lists layers."""
 _CALLS = 20
+_LISTED = 8
 
 
 def where(model: str, settings: Settings, keep: Keep) -> list[Row]:
-    """Milliseconds a call of each kind of work, at batch 1 and the largest."""
+    """Milliseconds a call of each kind of work, at batch 1 and the largest, and the layers that take the most."""
     module = tb.load(program_file(settings, model), models.here(), cuda_graphs=False)
     eager = models.eager(model, settings)
     rows: list[Row] = []
@@ -40,6 +45,10 @@ def where(model: str, settings: Settings, keep: Keep) -> list[Row]:
         for kind in KINDS:
             rows.append({"way": f"{kind} {batch}", "batch": batch, "kind": kind, "ours_ms": round(ours[kind], 5),
                          "eager_ms": round(theirs[kind], 5), "call_ms": round(profile.call_ms, 5)})  # fmt: skip
+        slowest = sorted(profile.layers, key=lambda one: -one.time_ms)[:_LISTED]
+        layers = [{"op": one.kind if one.origin is None else one.origin.op, "module": one.module,
+                   "nodes": len(one.nodes), "ms": round(one.time_ms, 5)} for one in slowest]  # fmt: skip
+        rows.append({"way": f"{SLOWEST} {batch}", "batch": batch, "of": len(profile.layers), "layers": layers})
         keep(rows)
     return rows
 

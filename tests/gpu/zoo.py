@@ -150,7 +150,7 @@ def _image(size: int, small_size: int = 64) -> Callable[[int, torch.Generator, b
 
 
 def _lively(module: torch.nn.Module) -> torch.nn.Module:
-    """Give batch norms values that count.
+    """Give batch norms values that count, and heads that begin as zeros (those of mixers).
 
     They stay near the identity: statistics fitted to a random network would make it chaotic, and fp16 rounding alone
     would exceed every bound. Residual branches count, without outgrowing the trunk.
@@ -162,6 +162,8 @@ def _lively(module: torch.nn.Module) -> torch.nn.Module:
             torch.nn.init.normal_(part.bias, 0.0, 0.02)
             torch.nn.init.normal_(part.running_mean, 0.0, 0.02)
             torch.nn.init.uniform_(part.running_var, 0.7, 1.4)
+        if isinstance(part, torch.nn.Linear) and not part.weight.any():
+            torch.nn.init.normal_(part.weight, 0.0, 0.02)
     return module
 
 

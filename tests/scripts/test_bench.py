@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).parents[2]
@@ -84,8 +85,11 @@ def test_every_part(tmp_path: Path) -> None:
     assert {"convert", "load", "cache", "refit"} <= set(rows["life"])
     assert {"plain", "graph", "bound", "eager", "eager graph", "inductor reduce-overhead"} <= set(rows["beside"])
     assert not any(row["error"] for row in rows["beside"].values())
-    kinds = {"attention", "products", "norms", "rest"}
+    kinds = {"attention", "convolutions", "products", "norms", "rest", "slowest"}
     assert set(rows["where"]) == {f"{kind} {batch}" for kind in kinds for batch in (1, 4)}
+    slowest = rows["where"]["slowest 4"]["layers"]
+    assert slowest
+    assert slowest == sorted(slowest, key=lambda layer: -layer["ms"])
     assert rows["where"]["products 4"]["ours_ms"] > 0 < rows["where"]["products 4"]["eager_ms"]
     assert rows["where"]["attention 1"]["eager_ms"] == 0, "a linear layer has none"
     for part in rows.values():
@@ -227,6 +231,8 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
     rows += [{"part": "beside", "unit": "gpt2 1", "way": "", "failed": "did not convert: BuildError"}]
     rows += [{"part": "where", "unit": "gpt2", "way": "norms 1", "batch": 1, "kind": "norms", "ours_ms": 0.5,
               "eager_ms": 1.0, "call_ms": 2.0}]  # fmt: skip
+    layers = [{"op": "conv2d", "module": "block.0", "nodes": 3, "ms": 0.25}]
+    rows += [{"part": "where", "unit": "gpt2", "way": "slowest 1", "batch": 1, "of": 9, "layers": layers}]
     rows += [{"part": "gpus", "unit": "two GPUs", "way": "two GPUs", "skipped": "1 GPU here"}]
     record, out = tmp_path / "record.json", tmp_path / "page.md"
     record.write_text(json.dumps(record_of(rows)))
@@ -243,6 +249,7 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
     assert "## Many shapes\n\nNot measured." in text
     assert "- beside, gpt2 1: did not convert: BuildError" in text
     assert "| gpt2 | 1 | norms | 0.500 | 1.000 | 2.00 | 2.000 |" in text
+    assert "| gpt2 | 1 | conv2d | block.0 | 3 | 0.2500 |" in text
     assert "![Times beside PyTorch](page.png)" in text
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
@@ -294,3 +301,13 @@ def test_units_and_models(bench: ModuleType) -> None:
     life = importlib.import_module("bench_life")
     assert life.throughput('words\n{"throughput": 12.5}\nmore\n') == 12.5
     assert life.throughput("words\n[1]\n") is None
+
+
+def test_a_head_of_zeros_says_something(bench: ModuleType) -> None:
+    zoo = importlib.import_module("bench_models").zoo
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+    kept = net[0].weight.clone()
+    torch.nn.init.zeros_(net[1].weight)
+    zoo._lively(net)
+    assert torch.equal(net[0].weight, kept)
+    assert net[1].weight.any()
