@@ -19,7 +19,8 @@ take 1 to 2 minutes with 8 workers:
     life      4    convert, from the cache, from a file, refit, 2 models
     beside   20    eager, eager in a CUDA graph, torch.compile, 20 models at batch 1 and 32; that is with --inductor
                    reduce-overhead; with "max-autotune" as well (the default) 60 or more, so in several sessions
-    where     1    time by kinds of work, in the engine and in eager PyTorch, 2 models
+    where     2    time by kinds of work, in the engine and in eager PyTorch, and by layers, 5 models
+    lowerings 10   other ways to convert a model, each beside the usual one, 5 models at batch 1 and 32
     gpus      3    torchrun on one GPU and on two (a machine with two)
 
 On a GPU the backend is TensorRT-RTX; with TRTBRIDGE_GPU_TESTS_ON_CPU=1 everything is a dry run of small models with
@@ -70,6 +71,7 @@ PARTS = (
     Part("life", "bench_life", "life_wrong", "LIFE_MODELS"),
     Part("beside", "bench_beside", "wrong", ""),
     Part("where", "bench_where", "where_wrong", "WHERE_MODELS"),
+    Part("lowerings", "bench_lowerings", "lowerings_wrong", "LOWERING_MODELS"),
     Part("gpus", "bench_life", "gpus_wrong", ""),
 )
 CONVERTED = ("floor", "host", "shapes", "threads", "beside", "where")
@@ -113,8 +115,8 @@ def measure(part: str, unit: str, order: Path, out: Path) -> None:
 
     function = getattr(importlib.import_module(part_named(part).module), part)
     try:
-        # "beside" compiles first, and then waits for its turn by itself.
-        with nullcontext() if part == "beside" else alone():
+        # These compile first, and then wait for their turn by themselves.
+        with nullcontext() if part in ("beside", "lowerings") else alone():
             keep(function(unit, settings, keep))
     except Exception as error:  # the words are the finding
         traceback.print_exc()
@@ -183,35 +185,15 @@ def bench(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One record of several; where two have a unit, the later one counts.
-
-    Runs of one day on one machine with one state of the sources are one: its units were measured one after the other,
-    or on different GPUs of it.
-    """
-    runs: list[dict[str, Any]] = []
-    rows: list[Row] = []
+    """One record of several; where two have a unit, the later one counts."""
+    merged: dict[str, Any] = {"runs": [], "rows": []}
     for record in records:
-        numbers = []
-        for run in record["runs"]:
-            same = [index for index, other in enumerate(runs) if _same(run, other)]
-            if not same:
-                runs.append(run)
-            numbers.append(same[0] if same else len(runs) - 1)
+        first = len(merged["runs"])
+        merged["runs"] += record["runs"]
         known = {(row["part"], row["unit"]) for row in record["rows"]}
-        rows = [row for row in rows if (row["part"], row["unit"]) not in known]
-        rows += [{**row, "run": numbers[row["run"]]} for row in record["rows"]]
-    kept = sorted({row["run"] for row in rows})
-    return {"runs": [runs[i] for i in kept], "rows": [{**row, "run": kept.index(row["run"])} for row in rows]}
-
-
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two runs differ in the hour alone, and in what torch.compile was to do."""
-
-    def what(run: dict[str, Any]) -> dict[str, Any]:
-        settings = {name: value for name, value in run.get("settings", {}).items() if name != "inductor"}
-        return {**run, "date": run.get("date", "")[:10], "settings": settings}
-
-    return what(one) == what(other)
+        merged["rows"] = [row for row in merged["rows"] if (row["part"], row["unit"]) not in known]
+        merged["rows"] += [{**row, "run": first + row["run"]} for row in record["rows"]]
+    return merged
 
 
 def wrong(record: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ _TITLES = {
     "host": "What a call costs the host",
     "beside": "Beside PyTorch",
     "where": "Where the time goes",
+    "lowerings": "Other lowerings",
     "shapes": "Many shapes",
     "threads": "Many threads",
     "life": "Convert, cache, file, refit",
@@ -45,6 +46,10 @@ _WORDS = {
         "Milliseconds a call by kinds of work: in the engine by its own profiler (`module.profile()`; what is fused "
         "into a product or an attention counts there), in eager PyTorch by torch's (kernels alone, without what the "
         "host takes). Both time one thing after the other, so sums are above what a call takes; *call* is a plain one."
+    ),
+    "lowerings": (
+        "Milliseconds of `module.bind(x)`, each way a conversion of its own, and in brackets as a multiple of the "
+        "usual one: below 1 it is faster."
     ),
     "shapes": (
         "With `cuda_graphs=True`. *In turn*: eight batch sizes one after the other, round after round; the first call "
@@ -249,6 +254,18 @@ def _where(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def _lowerings(rows: Sequence[Row]) -> list[str]:
+    ways = {row["lowering"]: row["words"] for row in rows}
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        line = lines.setdefault((row["unit"], str(row["batch"])), {})
+        if "ms" in row:
+            line[row["lowering"]] = f"{row['ms']:.4f}" + (f" ({row['ratio']:.3f})" if "ratio" in row else "")
+    table = [[*names, *(line.get(way, "–") for way in ways)] for names, line in lines.items()]
+    about = [f"- *{way}*: {words}" for way, words in ways.items()]
+    return [*_table(["model", "batch", *ways], table), "", *about]
+
+
 def _shapes(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
@@ -289,8 +306,8 @@ def _gpus(rows: Sequence[Row]) -> list[str]:
 
 
 _TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
-    "floor": _floor, "host": _host, "beside": _beside, "where": _where, "shapes": _shapes, "threads": _threads,
-    "life": _life, "gpus": _gpus,
+    "floor": _floor, "host": _host, "beside": _beside, "where": _where, "lowerings": _lowerings, "shapes": _shapes,
+    "threads": _threads, "life": _life, "gpus": _gpus,
 }  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def test_every_part(tmp_path: Path) -> None:
     assert record["made"]["twelve_plugins"]["error"] == ""
     assert record["made"]["twelve_plugins"]["plugins"] == 12
     rows = {part: {row["way"]: row for row in record["rows"] if row["part"] == part} for part in
-            ("floor", "host", "shapes", "threads", "life", "beside", "where", "gpus")}  # fmt: skip
+            ("floor", "host", "shapes", "threads", "life", "beside", "where", "lowerings", "gpus")}  # fmt: skip
     assert list(rows["floor"]) == ["floor", "floor, overlapped", "plain", "graph", "reused", "bound", "overlapped"]
     assert rows["floor"]["floor"]["cosine"] > 0.99999, "the floor computes what a call does"
     assert all(row["ratio"] > 0 for way, row in rows["floor"].items() if not way.startswith("floor"))
@@ -92,6 +92,9 @@ def test_every_part(tmp_path: Path) -> None:
     assert slowest == sorted(slowest, key=lambda layer: -layer["ms"])
     assert rows["where"]["products 4"]["ours_ms"] > 0 < rows["where"]["products 4"]["eager_ms"]
     assert rows["where"]["attention 1"]["eager_ms"] == 0, "a linear layer has none"
+    others = ("as usual", "one size", "attention decomposed", "attention fused", "all fusions")
+    assert list(rows["lowerings"]) == [f"{way} {batch}" for batch in (1, 4) for way in others]
+    assert all(row["ms"] > 0 and row["ratio"] > 0 and not row["error"] for row in rows["lowerings"].values())
     for part in rows.values():
         for row in part.values():
             assert row.get("cosine", 1.0) > 0.9999, row
@@ -233,6 +236,8 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
               "eager_ms": 1.0, "call_ms": 2.0}]  # fmt: skip
     layers = [{"op": "conv2d", "module": "block.0", "nodes": 3, "ms": 0.25}]
     rows += [{"part": "where", "unit": "gpt2", "way": "slowest 1", "batch": 1, "of": 9, "layers": layers}]
+    rows += [{"part": "lowerings", "unit": "gpt2", "way": f"{way} 1", "lowering": way, "words": "so", "batch": 1,
+              "error": "", "ms": ms, "ratio": ms} for way, ms in (("as usual", 1.0), ("one size", 0.9))]  # fmt: skip
     rows += [{"part": "gpus", "unit": "two GPUs", "way": "two GPUs", "skipped": "1 GPU here"}]
     record, out = tmp_path / "record.json", tmp_path / "page.md"
     record.write_text(json.dumps(record_of(rows)))
@@ -249,6 +254,8 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
     assert "## Many shapes\n\nNot measured." in text
     assert "- beside, gpt2 1: did not convert: BuildError" in text
     assert "| gpt2 | 1 | norms | 0.500 | 1.000 | 2.00 | 2.000 |" in text
+    assert "| gpt2 | 1 | 1.0000 (1.000) | 0.9000 (0.900) |" in text
+    assert "- *one size*: so" in text
     assert "| gpt2 | 1 | conv2d | block.0 | 3 | 0.2500 |" in text
     assert "![Times beside PyTorch](page.png)" in text
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
@@ -267,26 +274,10 @@ def test_one_unit_at_a_time(bench: ModuleType, tmp_path: Path, monkeypatch: pyte
 
 def test_the_later_record_counts(bench: ModuleType) -> None:
     rows = [floor_row("floor", 1.0), floor_row("bound", 1.01), beside_row("gpt2 1", "graph", 1.0, 1.0)]
-    later = record_of([beside_row("gpt2 1", "eager", 2.0, 1.0)])
-    later["runs"][0]["source"] = "def"
-    merged = bench.merge([record_of(rows), later])
+    merged = bench.merge([record_of(rows), record_of([beside_row("gpt2 1", "eager", 2.0, 1.0)])])
     assert len(merged["runs"]) == 2
     found = [(row["part"], row["way"], row["run"]) for row in merged["rows"]]
     assert found == [("floor", "floor", 0), ("floor", "bound", 0), ("beside", "eager", 1)]
-    assert bench.merge([merged, record_of(rows)])["runs"] == record_of(rows)["runs"], "of the other no row is left"
-
-
-def test_runs_of_one_day_machine_and_state_are_one(bench: ModuleType) -> None:
-    records = [record_of([beside_row(f"{name} 1", "graph", 1.0, 1.0)]) for name in ("gpt2", "unet", "bert", "vit")]
-    about = [record["runs"][0] for record in records]
-    about[0]["date"], about[1]["date"], about[2]["date"] = (
-        "2026-11-28 02:07 UTC", "2026-11-28 02:16 UTC", "2026-11-29 02:07 UTC",
-    )  # fmt: skip
-    about[3] |= {"date": "2026-11-28 02:07 UTC", "settings": {"dtype": "float32"}}
-    about[1]["settings"]["inductor"] = ["max-autotune"]
-    merged = bench.merge(records)
-    assert [row["run"] for row in merged["rows"]] == [0, 0, 1, 2]
-    assert [run["date"] for run in merged["runs"]] == [about[i]["date"] for i in (0, 2, 3)]
 
 
 def test_units_and_models(bench: ModuleType) -> None:
@@ -311,3 +302,20 @@ def test_a_head_of_zeros_says_something(bench: ModuleType) -> None:
     zoo._lively(net)
     assert torch.equal(net[0].weight, kept)
     assert net[1].weight.any()
+
+
+def test_a_lowering_without_guards(bench: ModuleType) -> None:
+    import onnx
+
+    from trtbridge.bridge.backends.rtx_faults import avoid_faults
+
+    lowerings = importlib.import_module("bench_lowerings")
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+        net (float[1, 2, 8, 8] x, float[2, 2, 3, 3] a, float[2, 2, 3, 3] b) => (float[1, 2, 6, 6] y)
+        { c = Conv(x, a) d = Conv(x, b) y = Add(c, d) }"""
+    net = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
+    guarded = avoid_faults(net)
+    assert len(guarded.graph.node) > 3
+    with lowerings._no_guards():
+        assert avoid_faults(net) is net
+    assert avoid_faults(net) == guarded
