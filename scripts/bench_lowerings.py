@@ -1,0 +1,128 @@
+"""Part of scripts/bench.py: other ways to convert a model, each beside the usual one, where something else is faster.
+
+Each is a conversion of its own, called by `EngineModule.bind`, so that nothing but the engine is timed.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import bench_models as models
+import torch
+from bench_beside import BATCHES, LEAST_COSINE
+from bench_common import BACKEND, Call, Example, Keep, Row, Settings, alone, in_turns
+from bench_passes import ALL, pipeline_of
+from helpers import compare, leaves
+
+import trtbridge as tb
+
+LOWERING_MODELS = ("unet", "resnet50", "convnext_tiny", "vit_base_patch16", "bert_base")
+BASE = "as usual"
+GUARDS = "without guards"
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One way to convert.
+
+    Attributes:
+        words: what it is, for the page.
+        options: of tb.convert, beside the usual ones.
+        one_size: for the example's sizes alone.
+        around: to be around the conversion.
+        overlap: kernels of its graph may overlap.
+        rtx: of TensorRT-RTX alone.
+    """
+
+    words: str
+    options: Callable[[], Mapping[str, Any]] = dict
+    one_size: bool = False
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    overlap: bool | None = None
+    rtx: bool = False
+
+
+@contextmanager
+def _no_guards() -> Iterator[None]:
+    """Convolutions take what is added to them, as TensorRT-RTX fuses them: wrong beside other work now and then."""
+    from trtbridge.bridge.backends import rtx_faults
+    from trtbridge.bridge.backends.rtx_fault_rules import Instead
+
+    with mock.patch.object(rtx_faults, "operand_apart", return_value=Instead({}, [])):
+        yield
+
+
+LOWERINGS = {
+    BASE: Lowering('`attention="auto"`, all sizes from batch 1 to 32 in one profile'),
+    "one size": Lowering("an engine for this batch alone", one_size=True),
+    "attention decomposed": Lowering("as products and a softmax", lambda: {"attention": "decomposed"}),
+    "attention fused": Lowering("one node", lambda: {"attention": "fused"}),
+    "all fusions": Lowering("norms, activations and rotary embeddings as one node, too (docs/passes.md)",
+                            lambda: {"passes": pipeline_of(ALL)}),
+    "builder level 5": Lowering("`optimization_level=5`", lambda: {"optimization_level": 5}, rtx=True),
+    GUARDS: Lowering("sums fused into convolutions and kernels that overlap: wrong now and then beside other work "
+                     "(docs/runtime.md), so only to know what right results cost",
+                     around=_no_guards, overlap=True, rtx=True),
+}  # fmt: skip
+
+
+def lowerings(model: str, settings: Settings, keep: Keep) -> list[Row]:
+    """Each way at batch 1 and the largest, in turns with the usual one."""
+    eager = models.eager(model, settings)
+    rows: list[Row] = []
+    for batch in BATCHES:
+        given = models.example(model, settings, batch)
+        with torch.no_grad():
+            expected = [tensor.clone() for tensor in leaves(eager(*given.args, **given.kwargs))]
+        calls: dict[str, Call] = {}
+        for way, lowering in LOWERINGS.items():
+            if lowering.rtx and BACKEND != "tensorrt_rtx":
+                continue
+            row: Row = {"way": f"{way} {batch}", "lowering": way, "words": lowering.words, "batch": batch, "error": ""}
+            rows.append(row)
+            try:
+                calls[way], results = _made(model, eager, given, lowering)
+                row |= compare(leaves(results), expected)
+            except Exception as error:  # a way that fails is a finding
+                row["error"] = f"{type(error).__name__}: {error}"[:400]
+            keep(rows)
+        with alone():
+            timed = in_turns(calls, settings)
+        for row in rows:
+            if row["batch"] == batch and row["lowering"] in timed:
+                row |= timed[row["lowering"]].to_json()
+                if BASE in timed:
+                    row["ratio"] = round(row["ms"] / timed[BASE].ms, 4)
+        keep(rows)
+        calls.clear()
+        gc.collect()
+    return rows
+
+
+def _made(model: str, eager: torch.nn.Module, given: Example, lowering: Lowering) -> tuple[Call, Any]:
+    options = {**models.convert_options(model), **lowering.options()}
+    if not lowering.one_size:
+        options["dynamic_shapes"] = models.case_named(model).dynamic_shapes
+    with lowering.around():
+        module = tb.convert(
+            eager, given.args, given.kwargs, backend=BACKEND, cuda_graphs=True, overlap_kernels=lowering.overlap,
+            **options,
+        )  # fmt: skip
+    call = module.bind(*given.args, **given.kwargs)
+    return call, call()
+
+
+def lowerings_wrong(rows: Sequence[Row]) -> list[str]:
+    """Ways that fail or differ from eager."""
+    found = []
+    for row in rows:
+        if row.get("error"):
+            found.append(f"lowerings, {row['unit']}, {row['way']}: {row['error']}")
+        elif row.get("cosine", 1.0) < LEAST_COSINE:
+            found.append(f"lowerings, {row['unit']}, {row['way']}: cosine to eager {row['cosine']:.6f}")
+    return found
