@@ -1,4 +1,4 @@
-"""Translations in place of those of torch.onnx that are wrong: a plugin would cost more than the right one."""
+"""Translations in place of those of torch.onnx that are wrong or fail: a plugin would cost more than the right one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,24 @@ import torch
 from onnxscript import opset18
 from onnxscript.function_libs.torch_lib.ops import core
 
+from .dtypes import from_torch
+
 op: Any = opset18  # its types know no Python numbers, which the exporter makes constants of
 
 
-def corrected_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Entries of the ``custom_translation_table``."""
-    return {torch.ops.aten.conv3d.default: _conv3d}
+CONV3D, RSUB = torch.ops.aten.conv3d.default, torch.ops.aten.rsub.Scalar
+CORRECTED = frozenset({CONV3D, RSUB})
+"""The ops of `corrected_translations`, at most."""
+
+
+def corrected_translations(program: torch.export.ExportedProgram) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Entries of the ``custom_translation_table`` for a program."""
+    found: dict[Callable[..., Any], Callable[..., Any]] = {CONV3D: _conv3d, RSUB: _rsub}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.target is RSUB and isinstance(value, torch.Tensor) and value.is_complex():
+            found.pop(RSUB, None)  # the exporter's way is right for complex numbers, for which the table has no place
+    return found
 
 
 def _conv3d(
@@ -30,3 +42,11 @@ def _conv3d(
     if bias is None:
         bias = op.Expand(op.CastLike(0.0, input), op.Shape(weight, start=0, end=1))
     return core.aten_conv3d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _rsub(self: Any, other: complex, alpha: complex = 1) -> Any:
+    """The exporter makes it a `sub` that begins with a number, and knows no overload for that (torch 2.13)."""
+    if self.dtype.is_integer() and any(isinstance(number, float) for number in (other, alpha)):
+        self = op.Cast(self, to=from_torch(torch.get_default_dtype()))
+    taken = self if alpha == 1 else op.Mul(self, op.CastLike(alpha, self))
+    return op.Sub(op.CastLike(other, self), taken)

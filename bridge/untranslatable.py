@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import torch
 
+from .corrected_translations import CORRECTED
 from .graft import CALL
 from .model import origin_of
 from .translations import translations
@@ -133,7 +134,8 @@ def find_untranslatable(decomposed: torch.export.ExportedProgram, opset: int) ->
         # Calls of Python's own operators are arithmetic over sizes, and assertions are left out.
         if not isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)) or _is_dropped(node):
             continue
-        if node.target is CALL or _dispatching.dispatch(node, registry)[0] is not None:
+        known = node.target is CALL or node.target in CORRECTED
+        if known or _dispatching.dispatch(node, registry)[0] is not None:
             continue
         name = marked_call(node.meta.get("stack_trace"))
         if name:
@@ -159,17 +161,18 @@ def blamed_calls(
         executing.update((name, words) for name in _EXECUTING.findall(words))
         translating.update((name, words) for name in _TRANSLATING.findall(words))
         cause = cause.__cause__
-    own = {node.name for node in call_nodes(program.graph_module)}
     last = next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)
     reason = f"torch.onnx fails on it: {last[:300]}"
-    found = {name: reason for name in executing if name in own}
-    if found:
-        return found
-    if decomposed.program is not None and translating:
-        # Names are those after type promotion, which gives a node a new name that begins with the old one.
+    if decomposed.program is None:
+        own = {node.name for node in call_nodes(program.graph_module)}
+        found = {name: reason for name in executing if name in own}
+    else:
+        # A node of the decomposed program may have the name of some other call. Names of translations are those after
+        # type promotion, which gives a node a new name that begins with the old one.
+        named = {**executing, **translating}
         nodes = list(_all_calls(decomposed.program.graph_module))
-        failed = [node for node in nodes if node.name in translating] or [
-            node for node in nodes if any(name.startswith(f"{node.name}_") for name in translating)
+        failed = [node for node in nodes if node.name in named] or [
+            node for node in nodes if any(name.startswith(f"{node.name}_") for name in named)
         ]
         found = {call: reason for node in failed if (call := marked_call(node.meta.get("stack_trace")))}
     if found:

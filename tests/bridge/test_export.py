@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 import trtbridge as tb
+from trtbridge.bridge.dtypes import from_torch
 from trtbridge.bridge.export import export, trace
 from trtbridge.bridge.model import EXTERNAL_LOCATION, Origin
+from trtbridge.bridge.trace import quiet
+from trtbridge.bridge.untranslatable import Decomposition, blamed_calls
 
 
 class Block(torch.nn.Module):
@@ -206,3 +210,65 @@ def test_a_convolution_over_three_axes_without_bias(shape: tuple[int, ...]) -> N
     fast = tb.convert(net, (x,), backend="onnxruntime")
     assert not fast.program.plugin_calls
     torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+class Call(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: 1.0 - x,
+        lambda x: 3 - x,
+        lambda x: torch.rsub(x, 2.5, alpha=2),
+        lambda x: torch.view_as_real(1.0 - torch.complex(x.float(), x.float())),
+    ],
+    ids=["float", "int", "alpha", "complex"],
+)
+def test_a_number_less_a_tensor(function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> None:
+    x = torch.tensor([[1, 2, 3], [4, 0, 1]]).to(dtype)
+    net = Call(function)
+    converted = tb.convert(net, (x,), backend="onnxruntime")
+    assert not converted.program.plugin_calls
+    result, expected = converted(x), net(x)
+    assert result.dtype == expected.dtype
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduce", ["sum", "prod", "amax", "mean", "logsumexp"])
+def test_results_have_the_dtypes_of_torch(reduce: str, dtype: torch.dtype) -> None:
+    net = Call(lambda x: getattr(torch, reduce)(x, -1))
+    x = torch.tensor([[1, 2, 3], [4, 0, 1]]).to(dtype)
+    model = export(net, (x,))
+    assert [spec.dtype for spec in model.signature.outputs] == [from_torch(net(x).dtype)]
+    assert [out.type.tensor_type.elem_type for out in model.proto.graph.output] == [from_torch(net(x).dtype)]
+    onnx.checker.check_model(model.proto, full_check=True)
+    result = tb.convert(net, (x,), backend="onnxruntime")(x)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, net(x))
+
+
+def test_a_failure_is_blamed_on_the_call_that_a_node_was_made_of() -> None:
+    """Nodes of the decomposed program are named anew: its first `sub` was an `rsub`; the program has a `sub`, too."""
+    traced = trace(Call(lambda x: (1.0 - x) * (x - 2)), (torch.ones(2, 3),))
+    names = {str(node.target): node.name for node in traced.program.graph.nodes if node.op == "call_function"}
+    assert names["aten.sub.Tensor"] == "sub"
+    with quiet():
+        decomposed = traced.program.run_decompositions()
+    made_of = {node.name: node.target for node in decomposed.graph.nodes if node.name.startswith("sub")}
+    assert list(made_of) == ["sub", "sub_1"]
+    error = RuntimeError("Cannot find a compatible OpOverload\n\nWhile executing %sub : call_function")
+    blamed = blamed_calls(error, traced.program, 20, Decomposition(decomposed))
+    assert blamed == {names["aten.rsub.Scalar"]: "torch.onnx fails on it: Cannot find a compatible OpOverload"}
+    blamed = blamed_calls(error, traced.program, 20, Decomposition())
+    assert list(blamed) == ["sub"], "where decomposing failed, the names are those of the program"
