@@ -44,9 +44,15 @@ def _conv3d(
     return core.aten_conv3d(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _rsub(self: Any, other: complex, alpha: complex = 1) -> Any:
+def _rsub(self: Any, other: Any, alpha: Any = 1) -> Any:
     """The exporter makes it a `sub` that begins with a number, and knows no overload for that (torch 2.13)."""
-    if self.dtype.is_integer() and any(isinstance(number, float) for number in (other, alpha)):
+    if self.dtype.is_integer() and (_is_float(other) or _is_float(alpha)):
         self = op.Cast(self, to=from_torch(torch.get_default_dtype()))
     taken = self if alpha == 1 else op.Mul(self, op.CastLike(alpha, self))
     return op.Sub(op.CastLike(other, self), taken)
+
+
+def _is_float(number: Any) -> bool:
+    """Of a Python number, or one that the graph computes from sizes."""
+    dtype = getattr(number, "dtype", None)
+    return isinstance(number, float) if dtype is None else bool(dtype.is_floating_point())

@@ -71,13 +71,10 @@ class GraphSets:
         return None if captured is None else lambda: chosen.replay_bound(captured)
 
     def clear(self) -> None:
-        """Forget all graphs, and all sets but the first; they are made anew when they are needed."""
+        """Forget all graphs; they are captured anew when they are needed."""
         with self.held():
             for each in self._sets:
                 each.clear()
-            del self._sets[1:]
-            self._of_stream.clear()
-            self._next = 0
 
     def wait(self) -> None:
         """Wait on the host until all replays are done."""

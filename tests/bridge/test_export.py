@@ -272,3 +272,18 @@ def test_a_failure_is_blamed_on_the_call_that_a_node_was_made_of() -> None:
     assert blamed == {names["aten.rsub.Scalar"]: "torch.onnx fails on it: Cannot find a compatible OpOverload"}
     blamed = blamed_calls(error, traced.program, 20, Decomposition())
     assert list(blamed) == ["sub"], "where decomposing failed, the names are those of the program"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "function", [lambda x: x.shape[0] - x, lambda x: x.shape[0] / 2 - x], ids=["size", "half a size"]
+)
+def test_a_size_less_a_tensor(function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> None:
+    x = torch.tensor([[1, 2, 3], [4, 0, 1], [5, 5, 5]]).to(dtype)
+    net = Call(function)
+    converted = tb.convert(net, (x,), dynamic_shapes={"x": {0: tb.Dim("b", 1, 4, 8)}}, backend="onnxruntime")
+    assert not converted.program.plugin_calls
+    for rows in (3, 2):
+        result, expected = converted(x[:rows]), net(x[:rows])
+        assert result.dtype == expected.dtype
+        assert torch.equal(result, expected)
