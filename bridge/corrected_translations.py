@@ -1,10 +1,11 @@
-"""Translations in place of those of torch.onnx that are wrong or fail: a plugin would cost more than the right one."""
+"""What torch.onnx translates wrongly or fails over, put right: a plugin would cost more."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnxscript import opset18
 from onnxscript.function_libs.torch_lib.ops import core
@@ -27,6 +28,27 @@ def corrected_translations(program: torch.export.ExportedProgram) -> dict[Callab
         if node.target is RSUB and isinstance(value, torch.Tensor) and value.is_complex():
             found.pop(RSUB, None)  # the exporter's way is right for complex numbers, for which the table has no place
     return found
+
+
+def restore_output_types(graph: ir.Graph, program: torch.export.ExportedProgram) -> None:
+    """Give results torch's dtypes, in place: the exporter leaves sums and maxima of half precision in float32.
+
+    Args:
+        graph: made of the program.
+        program: its results have the dtypes that are right.
+    """
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    for index, (value, name) in enumerate(zip(graph.outputs, program.graph_signature.user_outputs, strict=True)):
+        expected = values.get(str(name))
+        if not isinstance(expected, torch.Tensor) or expected.is_complex() or value.dtype == from_torch(expected.dtype):
+            continue
+        maker = value.producer()
+        cast = ir.node("Cast", [value], {"to": from_torch(expected.dtype)})
+        cast.metadata_props.update({} if maker is None else maker.metadata_props)
+        cast.outputs[0].type = ir.TensorType(from_torch(expected.dtype))
+        cast.outputs[0].shape = value.shape
+        graph.append(cast)
+        graph.outputs[index] = cast.outputs[0]
 
 
 def _conv3d(

@@ -15,7 +15,7 @@ from ..errors import ExportError, PluginError
 from ..nodes import DOMAIN, REASON_KEY
 from ..passes.parameters import set_parameter_names
 from .arguments import Arguments, collect
-from .corrected_translations import corrected_translations
+from .corrected_translations import corrected_translations, restore_output_types
 from .dims import Range, Size
 from .dtypes import from_torch
 from .graft import graft_calls, graft_problems, opaque_calls
@@ -205,7 +205,7 @@ def _finish(onnx_program: torch.onnx.ONNXProgram, traced: ExportedModule, plugin
     exported = onnx_program.exported_program or program
     symbols = _rename_symbols(model.graph, program, exported, arguments)
     data_dims = _data_dims(exported, symbols)
-    _restore_output_types(model.graph, program)
+    restore_output_types(model.graph, program)
     _share_tied_weights(model.graph)
     changing = [(value, own) for value in model.graph.initializers.values() if (own := marked(value))]
     weights = _name_values(model.graph, arguments)
@@ -236,22 +236,6 @@ def _finish(onnx_program: torch.onnx.ONNXProgram, traced: ExportedModule, plugin
     )
     set_parameter_names(proto, parameters)
     return OnnxModel(proto, kept, signature, traced.name, data_dims, traced.parameters)
-
-
-def _restore_output_types(graph: ir.Graph, program: torch.export.ExportedProgram) -> None:
-    """Give results torch's dtypes: the exporter leaves sums and maxima of half precision in float32."""
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    for index, (value, name) in enumerate(zip(graph.outputs, program.graph_signature.user_outputs, strict=True)):
-        expected = values.get(str(name))
-        if not isinstance(expected, torch.Tensor) or expected.is_complex() or value.dtype == from_torch(expected.dtype):
-            continue
-        maker = value.producer()
-        cast = ir.node("Cast", [value], {"to": from_torch(expected.dtype)})
-        cast.metadata_props.update({} if maker is None else maker.metadata_props)
-        cast.outputs[0].type = ir.TensorType(from_torch(expected.dtype))
-        cast.outputs[0].shape = value.shape
-        graph.append(cast)
-        graph.outputs[index] = cast.outputs[0]
 
 
 def _note_reasons(nodes: Iterable[ir.Node], plugins: Mapping[str, str]) -> None:
