@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: its defaults keep the one they find (docs/pytorch.md)
 from torch import nn
 
 import trtbridge as tb

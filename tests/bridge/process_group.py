@@ -4,6 +4,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: its defaults keep the one they find (docs/pytorch.md)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,34 +22,43 @@ class Tuned(nn.Module):
         return self.head(self.engine(x))
 
 
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-torch.manual_seed(0)
-model = nn.Linear(8, 4).eval()
-engine = tb.load(sys.argv[1])
-data = torch.randn(6, 8)
-share = engine(data[rank::world])
-gathered = [torch.empty_like(share) for _ in range(world)]
-dist.all_gather(gathered, share)
-merged = torch.stack(gathered, dim=1).flatten(0, 1)
+def averaged_gradient(engine: nn.Module, share: torch.Tensor) -> torch.Tensor:
+    """The gradient of a head behind an engine, averaged over the processes: (2, 4) float32, the same in all of them."""
+    tuned = DistributedDataParallel(Tuned(engine))
+    tuned(share).sum().backward()
+    grad = tuned.module.head.weight.grad
+    assert grad is not None
+    mine = grad.clone()
+    dist.broadcast(mine, src=0)
+    torch.testing.assert_close(mine, grad)
+    return grad
 
-try:
-    DistributedDataParallel(engine)
-    refusal = "none"
-except RuntimeError as error:
-    refusal = str(error)
 
-# What trains may stand around an engine: its gradients are averaged over the processes.
-tuned = DistributedDataParallel(Tuned(engine))
-tuned(data[rank::world]).sum().backward()
-grad = tuned.module.head.weight.grad
-assert grad is not None
-mine = grad.clone()
-dist.broadcast(mine, src=0)
-torch.testing.assert_close(mine, grad)
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    engine = tb.load(sys.argv[1])
+    torch.manual_seed(0)  # the same data everywhere
+    data = torch.randn(6, 8)
+    share = engine(data[rank::world])
+    gathered = [torch.empty_like(share) for _ in range(world)]
+    dist.all_gather(gathered, share)
+    merged = torch.stack(gathered, dim=1).flatten(0, 1)
 
-if rank == 0:
-    print("refused:", refusal)
-    torch.save({"merged": merged, "grad": grad, "data": data}, sys.argv[2])
-dist.barrier()  # nobody goes while another one is still connected
-dist.destroy_process_group()
+    try:
+        DistributedDataParallel(engine)
+        refusal = "none"
+    except RuntimeError as error:
+        refusal = str(error)
+
+    # What trains may stand around an engine: its gradients are averaged over the processes.
+    grad = averaged_gradient(engine, data[rank::world])
+    if rank == 0:
+        print("refused:", refusal)
+        torch.save({"merged": merged, "grad": grad, "data": data}, sys.argv[2])
+    dist.barrier()  # nobody goes while another one is still connected
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
