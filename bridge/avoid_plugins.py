@@ -29,6 +29,7 @@ _BY_REASON = (
     ("cannot look into it", "write what depends on values with torch.where, or move that line out of the model"),
     ("is used as a shape", "make that size a Python number, or the size of an input"),
     ("Int8 type", "compute it in int32 or float32"),
+    ("as_plugins names it", "leave it out of as_plugins"),
 )
 
 _CHOOSES = ("aten::index.", "aten::index_put")

@@ -25,6 +25,7 @@ from .cli_compare import compare as compare_command
 from .cli_display import Stages, reporting
 from .cli_localize import localize as localize_command
 from .cli_options import (
+    AsPluginOption,
     AttentionOption,
     BackendOption,
     CacheOption,
@@ -161,6 +162,7 @@ def convert(
     strip_weights: StripOption = False,
     weight_streaming_mb: StreamingOption = None,
     plugin_host: HostOption = None,
+    as_plugin: AsPluginOption = None,
     no_fallback: NoFallbackOption = False,
     max_data_size: DataSizeOption = None,
     precision: PrecisionOption = None,
@@ -181,7 +183,7 @@ def convert(
         check_writable(path, force)
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
-        ) | plugin_options(plugin_host, no_fallback, max_data_size)
+        ) | plugin_options(plugin_host, as_plugin, no_fallback, max_data_size)
         options |= precision_options(precision, keep_fp32, tolerance, calibration)
         options |= pass_options(check_passes, dump_graphs, attention)
         options |= verify_options(verify)
@@ -216,6 +218,7 @@ def explain(
     device: DeviceOption = None,
     timeout_s: TimeoutOption = None,
     plugin_host: HostOption = None,
+    as_plugin: AsPluginOption = None,
     no_fallback: NoFallbackOption = False,
     max_data_size: DataSizeOption = None,
     precision: PrecisionOption = None,
@@ -233,7 +236,7 @@ def explain(
         dims = given_dims(dim)
         options = given_options(
             backend, opset, tf32, compute_capability, optimization_level, workspace_mb, cache_dir, device, timeout_s
-        ) | plugin_options(plugin_host, no_fallback, max_data_size)
+        ) | plugin_options(plugin_host, as_plugin, no_fallback, max_data_size)
         options |= precision_options(precision, keep_fp32, tolerance, calibration)
         options |= pass_options(check_passes, dump_graphs, attention)
         with Stages(console) as stages:

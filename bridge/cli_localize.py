@@ -13,6 +13,7 @@ from rich.text import Text
 from ..errors import OptionError
 from .cli_display import Stages, reporting
 from .cli_options import (
+    AsPluginOption,
     BackendOption,
     CacheOption,
     DebugOption,
@@ -79,6 +80,7 @@ def localize(
     precision: PrecisionOption = None,
     keep_fp32: KeepOption = None,
     plugin_host: HostOption = None,
+    as_plugin: AsPluginOption = None,
     cache_dir: CacheOption = None,
     device: DeviceOption = None,
     imports: Annotated[
@@ -98,7 +100,8 @@ def localize(
             for place in imports or []:
                 import_code(place)
             options = given_options(backend, opset, tf32, None, None, None, cache_dir, device, None)
-            options |= plugin_options(plugin_host, False, None) | precision_options(precision, keep_fp32, None, None)
+            options |= plugin_options(plugin_host, as_plugin, False, None)
+            options |= precision_options(precision, keep_fp32, None, None)
             dims = given_dims(dim)
             with Stages(console) as stages:
                 with stages.stage("load"):

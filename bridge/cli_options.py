@@ -159,6 +159,15 @@ HostOption = Annotated[
         help="Where plugins run: engine, segments (between engines), or auto: inside where it can be. Default: auto.",
     ),
 ]
+AsPluginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--as-plugin",
+        metavar="NAME",
+        help="What becomes a plugin though the backend could take it: a torch op (of a file an ONNX op), a module "
+        "path, or a pattern of one. Repeatable.",
+    ),
+]
 NoFallbackOption = Annotated[
     bool, typer.Option("--no-fallback", help="Fail where the backend refuses something, rather than make it a plugin.")
 ]
@@ -282,9 +291,16 @@ def given_options(
     return {name: value for name, value in options.items() if value is not None}
 
 
-def plugin_options(host: str | None, no_fallback: bool, max_data_size: int | None) -> dict[str, Any]:
+def plugin_options(
+    host: str | None, as_plugin: list[str] | None, no_fallback: bool, max_data_size: int | None
+) -> dict[str, Any]:
     """Those options about plugins that are given."""
-    options = {"plugin_host": host, "fallback": False if no_fallback else None, "max_data_size": max_data_size}
+    options = {
+        "plugin_host": host,
+        "as_plugins": tuple(as_plugin or ()) or None,
+        "fallback": False if no_fallback else None,
+        "max_data_size": max_data_size,
+    }
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -17,6 +17,7 @@ from ..passes.default import DEFAULT
 from ..passes.fuse_batch_norm import FuseBatchNorm
 from ..passes.pipeline import Pipeline
 from .backends.base import BuildOptions, Progress
+from .chosen_nodes import are_entries, as_entries, names_of
 from .dims import Dim
 from .out_of_range import OUT_OF_RANGE
 from .runtime_options import RuntimeOptions
@@ -57,6 +58,10 @@ class Options(RuntimeOptions):
         progress: called with (stage, fraction) while converting.
         plugin_host: "engine" keeps plugins inside engines and raises where one cannot be, "segments" runs all of them
             between engines, "auto" keeps inside what can be.
+        as_plugins: what becomes a plugin, and so runs in PyTorch, though the backend could take it: torch ops or their
+            names ("aten::layer_norm", `torch.ops.aten.layer_norm.default`), module paths with all below
+            ("encoder.layers.3"), patterns of these ("*.norm?"), or functions of a `precision.NodeView` that say True;
+            one or several. For an .onnx file op types, node names, patterns or functions. What fits nothing raises.
         fallback: make plugins of what the backend refuses; False raises `UnsupportedOpError` or `BuildError` instead.
         check_export: run the exported graph in ONNX Runtime on the example, and make plugins of what comes out wrong.
             Models over 2 GiB are not checked.
@@ -113,6 +118,7 @@ class Options(RuntimeOptions):
     cache_size_bytes: int = 8 << 30
     progress: Progress | None = None
     plugin_host: str = "auto"
+    as_plugins: Any = ()
     fallback: bool = True
     check_export: bool = True
     precision: str | None = None
@@ -222,13 +228,11 @@ class Options(RuntimeOptions):
         need(samples is None or self.precision is not None, "calibration", "left out unless precision is given")
         forms = (None, "auto", "fused", "decomposed")
         need(self.attention in forms, "attention", 'None, "auto", "fused" or "decomposed"')
-        keep = [self.keep_fp32] if isinstance(self.keep_fp32, str) or callable(self.keep_fp32) else self.keep_fp32
-        need(
-            isinstance(keep, (tuple, list, set, frozenset)) and all(isinstance(k, str) or callable(k) for k in keep),
-            "keep_fp32",
-            "op types, module paths, patterns or functions of a node",
-        )
-        need(not keep or self.precision is not None, "keep_fp32", "left out unless precision is given")
+        entries = "op types, module paths, patterns or functions of a node"
+        need(are_entries(self.keep_fp32), "keep_fp32", entries)
+        need(are_entries(self.as_plugins), "as_plugins", entries)
+        kept = as_entries(self.keep_fp32)
+        need(not kept or self.precision is not None, "keep_fp32", "left out unless precision is given")
         folder = self.dump_graphs
         need(
             folder is None or (isinstance(folder, (str, os.PathLike)) and not Path(folder).is_file()),
@@ -258,9 +262,8 @@ class Options(RuntimeOptions):
             *("precision", "precision_tolerance", "attention", "refittable", "strip_weights"),
         )
         found = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Options, name, None)}
-        keep = [self.keep_fp32] if isinstance(self.keep_fp32, str) else self.keep_fp32
-        kept = [] if callable(keep) else [entry for entry in keep if isinstance(entry, str)]
-        return found | ({"keep_fp32": kept} if kept else {})
+        entries = {name: names_of(getattr(self, name)) for name in ("keep_fp32", "as_plugins")}
+        return found | {name: named for name, named in entries.items() if named}
 
     @property
     def runtime(self) -> RuntimeOptions:

@@ -22,6 +22,7 @@ from ..passes.graft_nodes import graft
 from ..passes.opset import opset_of
 from ..passes.pipeline import PassReport
 from ..plugins.host_spec import HOST_OP_TYPE
+from .as_plugins import wanted_calls, wanted_nodes
 from .attention import Attention, AttentionReport
 from .backends import get_backend
 from .backends.base import Backend, BuildOptions, Refusal
@@ -101,6 +102,12 @@ class Planner:
     _sizes: Mapping[str, int] | None = None  # of the example, once they are known
     _made: tuple[frozenset[str], Plan] | None = None  # the last plan and what was a plugin in it
     _fixed: set[str] = field(default_factory=set)  # calls that cannot be plugins
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, ExportedModule):
+            wanted = wanted_calls(self.source, self.options.as_plugins)
+            self.calls |= wanted
+            self.rewrites.given_up |= wanted.keys()  # plugins that a pass could write in ops of ONNX
 
     @property
     def opset(self) -> int | None:
@@ -339,6 +346,8 @@ class Planner:
                 # Known mistakes of ONNX Runtime, which it does not report; for a module the check of the export finds
                 # them.
                 self.nodes |= {n.name: why for n in model.proto.graph.node if (why := wrong_in_onnxruntime(n))}
+            if isinstance(self.source, OnnxModel):
+                self.nodes |= wanted_nodes(model.proto, self.options.as_plugins)
             # A translation with other plugins may name its nodes otherwise, or have them no more.
             present = {node.name for node in iterate_nodes(model.proto.graph)}
             self.nodes = {name: reason for name, reason in self.nodes.items() if name in present}

@@ -18,8 +18,9 @@ from ..passes.prepare_quantization import PrepareQuantization
 from ..passes.reports import PipelineResult
 from .backends.base import Backend
 from .calibration import calibrate, check_runnable, overflowing
+from .chosen_nodes import NodeView, op_name
 from .export import ExportedModule
-from .keep_fp32 import NodeView, kept_by_user, op_name
+from .keep_fp32 import kept_by_user
 from .model import OnnxModel, origin_of
 from .narrow_weights import narrow_weights
 from .options import Options

@@ -37,6 +37,7 @@ class Lowering:
         around: to be around the conversion.
         overlap: kernels of its graph may overlap.
         rtx: of TensorRT-RTX alone.
+        in_torch: for models that call it, a torch op that runs as a plugin, by PyTorch's own kernels.
     """
 
     words: str
@@ -45,6 +46,7 @@ class Lowering:
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     overlap: bool | None = None
     rtx: bool = False
+    in_torch: str = ""
 
 
 @contextmanager
@@ -64,6 +66,10 @@ LOWERINGS = {
     "attention fused": Lowering("one node", lambda: {"attention": "fused"}),
     "all fusions": Lowering("norms, activations and rotary embeddings as one node, too (docs/passes.md)",
                             lambda: {"passes": pipeline_of(ALL)}),
+    "attention in PyTorch": Lowering("plugins (`as_plugins`), and so flash attention",
+                                     in_torch="aten::scaled_dot_product_attention"),
+    "norms in PyTorch": Lowering("plugins", in_torch="aten::layer_norm"),
+    "convolutions in PyTorch": Lowering("plugins, and so cuDNN's", in_torch="aten::conv2d"),
     "builder level 5": Lowering("`optimization_level=5`", lambda: {"optimization_level": 5}, rtx=True),
     GUARDS: Lowering("sums fused into convolutions and kernels that overlap: wrong now and then beside other work "
                      "(docs/runtime.md), so only to know what right results cost",
@@ -74,6 +80,7 @@ LOWERINGS = {
 def lowerings(model: str, settings: Settings, keep: Keep) -> list[Row]:
     """Each way at batch 1 and the largest, in turns with the usual one."""
     eager = models.eager(model, settings)
+    called = _ops_of(model, eager, settings)
     rows: list[Row] = []
     for batch in BATCHES:
         given = models.example(model, settings, batch)
@@ -81,7 +88,7 @@ def lowerings(model: str, settings: Settings, keep: Keep) -> list[Row]:
             expected = [tensor.clone() for tensor in leaves(eager(*given.args, **given.kwargs))]
         calls: dict[str, Call] = {}
         for way, lowering in LOWERINGS.items():
-            if lowering.rtx and BACKEND != "tensorrt_rtx":
+            if (lowering.rtx and BACKEND != "tensorrt_rtx") or (lowering.in_torch and lowering.in_torch not in called):
                 continue
             row: Row = {"way": f"{way} {batch}", "lowering": way, "words": lowering.words, "batch": batch, "error": ""}
             rows.append(row)
@@ -104,8 +111,17 @@ def lowerings(model: str, settings: Settings, keep: Keep) -> list[Row]:
     return rows
 
 
+def _ops_of(model: str, eager: torch.nn.Module, settings: Settings) -> set[str]:
+    """The torch ops that a model calls, without their overloads, as convert() finds them."""
+    given = models.example(model, settings, BATCHES[0])
+    program = torch.export.export(eager, given.args, given.kwargs, strict=False)
+    return {node.target._schema.name for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+
+
 def _made(model: str, eager: torch.nn.Module, given: Example, lowering: Lowering) -> tuple[Call, Any]:
     options = {**models.convert_options(model), **lowering.options()}
+    if lowering.in_torch:
+        options["as_plugins"] = lowering.in_torch
     if not lowering.one_size:
         options["dynamic_shapes"] = models.case_named(model).dynamic_shapes
     with lowering.around():

@@ -416,6 +416,10 @@ class TestExplain:
         assert "plugin_host='inside': must be" in result.stderr.replace("\n", " ")
         for option in (("--plugin-host", "segments"), ("--max-data-size", "10"), ("--no-fallback",)):
             assert "converts" in call("explain", "models.py:plugin", "--backend", "onnxruntime", *option).stdout
+        named = ("--as-plugin", "aten::add", "--as-plugin", "aten.mul*")
+        result = call("explain", "models.py:plugin", "--backend", "onnxruntime", *named)
+        assert "because as_plugins names it: 'aten.mul*'" in result.stdout
+        assert "because as_plugins names it: 'aten::add'" in result.stdout
 
     def test_status_1_where_it_does_not_convert(self) -> None:
         graph = (
