@@ -62,12 +62,13 @@ class RunningProgram:
             self._constants = {name: tensor.to(device) for name, tensor in program.constants.items()}
         problem = capture_problem(program)
         loading = dataclasses.replace(options, cuda_graphs=False) if problem else options
+        has_plugins = bool(program.plugin_calls)
         steps: list[RunStep] = []
         self._executables: list[Executable | None] = []
         for step in program.steps:
             if isinstance(step, EngineStep):
                 steps.append(engine_step(step.engine))
-                self._executables.append(backend.load(step.engine, device, cache_dir, loading))
+                self._executables.append(backend.load(step.engine, device, cache_dir, loading, has_plugins))
             else:
                 steps.append(plugin_step(step, device, program.signature.dims))
                 self._executables.append(None)

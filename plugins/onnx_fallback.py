@@ -16,6 +16,7 @@ import torch
 
 from ..errors import PluginError
 from ..nodes import decode_nodes, every_node, wrong_in_onnxruntime
+from .sessions import never_spin, session_options
 
 _T = onnx.TensorProto
 # torch type: ONNX element type, and how numpy holds it.
@@ -44,7 +45,6 @@ _BY_NUMPY = {np.dtype(kind): dtype for dtype, (_, kind) in _TYPES.items()}
 _AS_BITS = {torch.bfloat16: torch.int16} | {
     dtype: torch.uint8 for dtype in _TYPES if dtype.is_floating_point and dtype.itemsize == 1
 }
-_LOG_FATAL_ONLY = 4  # errors arrive as exceptions
 
 
 def run(text: str, tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
@@ -207,9 +207,8 @@ def _session(text: str, key: _Key) -> tuple[Any, str]:
 def _make_session(model: onnx.ModelProto) -> Any:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _LOG_FATAL_ONLY
-    options.intra_op_num_threads = 1 if torch.get_num_threads() == 1 else 0
+    options = session_options(onnxruntime)
+    never_spin(options)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -312,6 +312,7 @@ class Backend(Protocol):
         device: torch.device,
         cache_dir: Path | None = None,
         options: RuntimeOptions | None = None,
+        beside_plugins: bool = False,
     ) -> Executable:
         """Make an engine ready to run on a device.
 
@@ -320,6 +321,7 @@ class Backend(Protocol):
             device: where it runs.
             cache_dir: folder for what is compiled at load time (TensorRT-RTX's JIT kernels); None keeps nothing.
             options: how it runs; None for the default.
+            beside_plugins: its calls take turns with plugins, which are torch's work.
 
         Raises:
             BackendError: not installed, no such device, or the engine was built for another GPU or version.

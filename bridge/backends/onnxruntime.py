@@ -27,6 +27,7 @@ from ...errors import (
     RefitError,
     UnsupportedOpError,
 )
+from ...plugins.sessions import never_spin
 from ..model import TensorSpec, iterate_nodes
 from ..profiles import EngineProfiles
 from ..runtime_options import RuntimeOptions
@@ -222,8 +223,9 @@ class OnnxRuntimeBackend:
         device: torch.device,
         cache_dir: Path | None = None,
         options: RuntimeOptions | None = None,
+        beside_plugins: bool = False,
     ) -> OnnxRuntimeExecutable:
-        """Create the session for a device; ``cache_dir`` is not used, as nothing is compiled.
+        """Create the session for a device; ``cache_dir`` is not used, as nothing is compiled. See `Backend.load`.
 
         Raises:
             OptionError: ``options`` has one that is TensorRT's alone.
@@ -232,7 +234,7 @@ class OnnxRuntimeBackend:
         """
         if options is not None:
             self.check_runtime(options)
-        return self._open(engine, device)
+        return self._open(engine, device, never_spin if beside_plugins else None)
 
     def load_profiler(self, engine: Engine, device: torch.device, cache_dir: Path | None = None) -> OrtLayerProfiler:
         """Load an engine into a session of its own that notes the time of each layer; see `Backend.load_profiler`.

@@ -12,6 +12,7 @@ import onnx.shape_inference
 import onnx_ir as ir
 
 from ...errors import BuildError, ModelFileError
+from ...plugins.sessions import session_options
 from ..model import iterate_nodes
 from .base import Engine, Progress
 
@@ -26,7 +27,6 @@ _FLOAT8 = {
     onnx.TensorProto.FLOAT8E5M2FNUZ,
 }  # fmt: skip
 _QUANTIZED_TYPE = ("to", "output_dtype")
-_LOG_FATAL_ONLY = 4  # errors arrive as exceptions
 
 
 # Weights
@@ -238,8 +238,7 @@ def make_session(
     ONNX Runtime copies those values while the session is created. `SessionOptions.add_initializer` would not, but it
     goes by name, and the optimizer that moves transposes puts other values under the same name: wrong results.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = _LOG_FATAL_ONLY
+    options = session_options(ort)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     elif _has_float8(proto):

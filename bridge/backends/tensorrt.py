@@ -199,6 +199,7 @@ class TensorRtBackend:
         device: torch.device,
         cache_dir: Path | None = None,
         options: RuntimeOptions | None = None,
+        beside_plugins: bool = False,
     ) -> Executable:
         options = options or RuntimeOptions()
         self.check_runtime(options)

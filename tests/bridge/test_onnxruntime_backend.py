@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ import pytest
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
+import trtbridge as tb
 from trtbridge.bridge.backends.base import BuildOptions, Engine, Segment
 from trtbridge.bridge.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeExecutable
 from trtbridge.bridge.model import Origin, TensorSpec, make_stand_in
@@ -59,6 +61,43 @@ def build(made: Segment) -> Engine:
 
 def load(made: Segment) -> OnnxRuntimeExecutable:
     return BACKEND.load(build(made), CPU)
+
+
+class TestThreads:
+    """Sessions leave the cores to torch; what that gains: scripts/bench_cpu.py."""
+
+    @pytest.mark.parametrize("beside_plugins", [False, True])
+    def test_spinning(self, beside_plugins: bool) -> None:
+        made = segment("g (float[4] x) => (float[4] y) { y = Relu (x) }")
+        loaded = BACKEND.load(build(made), CPU, beside_plugins=beside_plugins)
+        assert entry(loaded, "session.force_spinning_stop") == "1"
+        assert entry(loaded, "session.intra_op.allow_spinning") == ("0" if beside_plugins else None)
+
+    @pytest.mark.parametrize(("entries", "spins"), [((), [None]), ("aten::tanh", ["0", "0"])])
+    def test_programs_with_plugins_never_spin(self, entries: Any, spins: list[str | None]) -> None:
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3)).eval()
+        module = tb.convert(model, (torch.randn(2, 3),), backend="onnxruntime", as_plugins=entries)
+        assert module._running is not None
+        executables = [each for each in module._running._executables if isinstance(each, OnnxRuntimeExecutable)]
+        assert [entry(each, "session.intra_op.allow_spinning") for each in executables] == spins
+
+    @pytest.mark.parametrize(("threads", "expected"), [(1, 1), (2, 0)])
+    def test_one_thread_where_torch_has_one(self, threads: int, expected: int) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            loaded = load(segment("g (float[4] x) => (float[4] y) { y = Relu (x) }"))
+        finally:
+            torch.set_num_threads(before)
+        assert loaded.session.get_session_options().intra_op_num_threads == expected
+
+
+def entry(loaded: OnnxRuntimeExecutable, name: str) -> str | None:
+    """An entry of a session's options; None where it has none."""
+    try:
+        return str(loaded.session.get_session_options().get_session_config_entry(name))
+    except RuntimeError:
+        return None
 
 
 def test_status() -> None:
