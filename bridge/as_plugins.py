@@ -9,7 +9,7 @@ import onnx
 import torch
 
 from ..errors import OptionError
-from .chosen_nodes import NodeView, as_entries, fits, nothing_fits, reason_of
+from .chosen_nodes import NodeView, NothingFitsError, as_entries, fits, reason_of
 from .export import ExportedModule
 from .graft import CALL
 from .model import iterate_nodes
@@ -43,7 +43,7 @@ def wanted_calls(source: ExportedModule, as_plugins: Any) -> dict[str, str]:
     for entry in entries:
         chosen = [node.name for node, view in calls if fits(entry, view)]
         if not chosen:
-            raise OptionError(nothing_fits(OPTION, entry, [view for _, view in calls]))
+            raise NothingFitsError(OPTION, entry, [view for _, view in calls])
         problems = source.plugin_problems(chosen)
         if len(problems) == len(chosen):
             raise OptionError(f"{OPTION}: {entry!r} means {', '.join(chosen)}: {problems[chosen[0]]}")
@@ -68,7 +68,7 @@ def wanted_nodes(proto: onnx.ModelProto, as_plugins: Any) -> dict[str, str]:
     for entry in as_entries(as_plugins):
         chosen = [view.name for view in nodes if fits(entry, view)]
         if not chosen:
-            raise OptionError(nothing_fits(OPTION, entry, nodes))
+            raise NothingFitsError(OPTION, entry, nodes)
         found |= dict.fromkeys(chosen, reason_of(OPTION, entry))
     return found
 

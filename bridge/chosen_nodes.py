@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
 import torch
 
+from ..errors import OptionError
 from ..plugins.registry import op_name as torch_op_name
 from .model import origin_of
 from .origins import user_frame
@@ -106,24 +107,36 @@ def reason_of(option: str, entry: Entry) -> str:
     return f"{option} names it: {_text(entry)}"
 
 
-def nothing_fits(option: str, entry: Entry, views: Iterable[NodeView]) -> str:
-    """What to say of an entry that means no node."""
-    views = list(views)
+class NothingFitsError(OptionError):
+    """An entry of an option means no node.
+
+    Attributes:
+        option: its name.
+        entry: as `as_entries` gives it.
+    """
+
+    def __init__(self, option: str, entry: Entry, views: Iterable[NodeView]) -> None:
+        super().__init__(_nothing_fits(option, entry, list(views)))
+        self.option, self.entry = option, entry
+
+    def without_it(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of convert() less the entry, for one of several graphs that they are all for."""
+        left = tuple(entry for entry in as_entries(options[self.option]) if entry != self.entry)
+        return {**options, self.option: left}
+
+
+def _nothing_fits(option: str, entry: Entry, views: Sequence[NodeView]) -> str:
     if not isinstance(entry, str):
         return f"{option}: {_text(entry)} is true for no node of the graph."
     known = dict.fromkeys(
         name for view in views for name in view.names() if name and (name != view.name or not view.module)
     )
-    close = _closest(entry, list(known))
+    close = difflib.get_close_matches(entry, known, n=4, cutoff=0.5)
     hint = f" Close are: {', '.join(map(repr, close))}." if close else ""
     return (
         f"{option}: {entry!r} is no op type, node name or module path of the graph.{hint} An entry is such a name, "
         "a pattern of it ('encoder.layers.*.attn'), or a function of op_type, name, module, file and line."
     )
-
-
-def _closest(entry: str, known: Sequence[str]) -> list[str]:
-    return difflib.get_close_matches(entry, known, n=4, cutoff=0.5)
 
 
 def _text(entry: Entry) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendError, DynamicShapeError, InputError, OptionError
+from .chosen_nodes import NothingFitsError
 from .convert import convert
 from .dynamo_graph import ClosedGraph, Inputs, Shapes, number_in, read_inputs, why_not, without_dims
 from .module import EngineModule
@@ -184,7 +185,7 @@ class CompiledGraph:
             start = time.perf_counter()
             closed = ClosedGraph(self._graph, self._inputs, weights, numbers)
             try:
-                engine = _convert(closed, tensors, self._inputs.shapes, {"device": device, **self._options}, backend)
+                engine = self._built(closed, tensors, {"device": device, **self._options}, backend)
             except OptionError:
                 raise
             except Exception as error:
@@ -198,6 +199,17 @@ class CompiledGraph:
             self._numbers = numbers
             self._engine = engine
             return engine
+
+    def _built(
+        self, graph: ClosedGraph, tensors: tuple[torch.Tensor, ...], options: Mapping[str, Any], backend: str
+    ) -> EngineModule:
+        """Convert, without what is meant for another of dynamo's graphs."""
+        while True:
+            try:
+                return _convert(graph, tensors, self._inputs.shapes, options, backend)
+            except NothingFitsError as error:
+                logger.warning("trtbridge: for %s an entry is left out: %s", self._name, error)
+                options = error.without_it(options)
 
     def _weights_changed(self, inputs: Sequence[Any]) -> bool:
         for place, known, version, pointer in self._weights:

@@ -6,8 +6,7 @@ from typing import Any
 
 import onnx
 
-from ..errors import OptionError
-from .chosen_nodes import NodeView, as_entries, fits, nothing_fits, reason_of
+from .chosen_nodes import NodeView, NothingFitsError, as_entries, fits, reason_of
 from .model import iterate_nodes
 
 
@@ -27,7 +26,7 @@ def kept_by_user(proto: onnx.ModelProto, keep_fp32: Any) -> dict[str, str]:
     for entry in as_entries(keep_fp32):
         chosen = [node for node, view in nodes if fits(entry, view)]
         if not chosen:
-            raise OptionError(nothing_fits("keep_fp32", entry, [view for _, view in nodes]))
+            raise NothingFitsError("keep_fp32", entry, [view for _, view in nodes])
         for node in chosen:
             found.update((name, reason_of("keep_fp32", entry)) for name in node.output if name)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, OptionError, TrtBridgeError
+from .chosen_nodes import NothingFitsError, as_entries
 from .convert import convert
 from .dims import Dim
 from .module import EngineModule
@@ -24,6 +26,9 @@ from .trace import left_as_found, to_eval_mode
 logger = logging.getLogger(__name__)
 
 Select = str | type[torch.nn.Module] | Callable[[str, torch.nn.Module], bool]
+
+
+_WITH_ENTRIES = ("as_plugins", "keep_fp32")
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ def convert_submodules(
         dynamic_shapes: path → what `convert` takes as ``dynamic_shapes`` of that submodule, instead of what is seen.
         skip_failures: leave what is not called, or does not convert, as it is.
         backend: as for `convert`.
-        options: see `Options`.
+        options: see `Options`. What ``as_plugins`` and ``keep_fp32`` name is looked for in every submodule, paths from
+            it on, and has to be in one.
 
     Returns:
         The copy. Its attribute ``submodules_report`` is a `SubmodulesReport`. A submodule that the model holds in
@@ -88,11 +94,14 @@ def convert_submodules(
     seen = _watch(model, chosen, samples)
     engines: dict[str, EngineModule] = {}
     skipped: dict[str, str] = {}
+    entries = _Entries(options, len(chosen))
     for path, module in chosen.items():
         try:
             args, kwargs = seen[path].example()
             shapes = dynamic_shapes[path] if dynamic_shapes and path in dynamic_shapes else seen[path].dynamic_shapes()
-            engines[path] = convert(module, args, kwargs, dynamic_shapes=shapes, backend=backend, **options)
+            engines[path] = entries.converted(
+                functools.partial(convert, module, args, kwargs, dynamic_shapes=shapes, backend=backend)
+            )
         except TrtBridgeError as error:
             if not skip_failures or isinstance(error, OptionError):
                 error.args = (f"Submodule {path} ({type(module).__name__}): {error}", *error.args[1:])
@@ -104,6 +113,41 @@ def convert_submodules(
     copied = _copy_with(model, {id(chosen[path]): engine for path, engine in engines.items()})
     copied.submodules_report = SubmodulesReport(engines, skipped)  # type: ignore[assignment]
     return copied
+
+
+class _Entries:
+    """Options whose entries (`as_plugins`, `keep_fp32`) need not mean something in every submodule, but in one.
+
+    Args:
+        options: of convert().
+        count: submodules that will be converted.
+    """
+
+    def __init__(self, options: Mapping[str, Any], count: int) -> None:
+        self._options, self._left = options, count
+        self._meant: set[tuple[str, Any]] = set()  # option and entry that meant something somewhere
+
+    def converted(self, convert: Callable[..., EngineModule]) -> EngineModule:
+        """The next submodule.
+
+        Raises:
+            OptionError: it is the last one, and an entry has meant nothing in any.
+            TrtBridgeError: as ``convert``.
+        """
+        self._left -= 1
+        options = dict(self._options)
+        while True:
+            try:
+                module = convert(**options)
+            except NothingFitsError as error:
+                if self._left == 0 and (error.option, error.entry) not in self._meant:
+                    raise
+                options = error.without_it(options)
+            else:
+                self._meant |= {
+                    (name, entry) for name in _WITH_ENTRIES if name in options for entry in as_entries(options[name])
+                }
+                return module
 
 
 def _choose(model: torch.nn.Module, select: Select | Sequence[Select]) -> dict[str, torch.nn.Module]:

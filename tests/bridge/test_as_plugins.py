@@ -191,15 +191,48 @@ def test_localize_takes_it(stack: nn.Module) -> None:
     assert tb.localize(stack, module, ((X,), {})).suspect is None
 
 
-def test_in_torch_compile(stack: nn.Module) -> None:
-    options = {"backend": "onnxruntime", "on_failure": "raise"}
-    compiled = torch.compile(stack, backend="trtbridge", options=options | {"as_plugins": aten.layer_norm})
+class Broken(nn.Module):
+    """Dynamo makes two graphs of it; a norm is in the second alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.norm(x)
+
+
+def test_in_torch_compile(caplog: pytest.LogCaptureFixture) -> None:
+    model = Broken().eval()
+    options = {"backend": "onnxruntime", "on_failure": "raise", "as_plugins": [aten.layer_norm], "precision": "fp16"}
+    compiled = torch.compile(model, backend="trtbridge", options=options | {"keep_fp32": "Gemm"})
     with torch.no_grad():
-        torch.testing.assert_close(compiled(X), stack(X))
-        torch._dynamo.reset()
-        compiled = torch.compile(stack, backend="trtbridge", options=options | {"as_plugins": aten.tanh})
-        with pytest.raises(tb.OptionError, match="'aten::tanh' is no op type"):
-            compiled(X)
+        torch.testing.assert_close(compiled(X), model(X), rtol=1e-2, atol=1e-2)
+    # Each graph leaves out what is meant for the other.
+    left_out = [record.getMessage() for record in caplog.records if "an entry is left out" in record.getMessage()]
+    assert len(left_out) == 2
+    assert "as_plugins: 'aten::layer_norm' is no op type" in left_out[0]
+    assert "keep_fp32: 'Gemm' is no op type" in left_out[1]
+
+
+def test_in_parts_of_a_model(stack: nn.Module) -> None:
+    def converted(**options: Any) -> nn.Module:
+        return tb.convert_submodules(stack, nn.Linear, (X,), backend="onnxruntime", **options)
+
+    copied = tb.convert_submodules(stack, "blocks.*", (X,), backend="onnxruntime", as_plugins="norm")
+    engines = copied.submodules_report.converted
+    assert [[call.op for call in engine.program.plugin_calls] for engine in engines.values()] == [[NORM]] * 2
+    parts = tb.convert_submodules(
+        stack, [nn.LayerNorm, "blocks.1.second"], (X,), backend="onnxruntime", as_plugins=[aten.linear, aten.layer_norm]
+    )
+    ops = {path: engine.program.plugin_calls[0].op for path, engine in parts.submodules_report.converted.items()}
+    assert ops == {"blocks.0.norm": NORM, "blocks.1.norm": NORM, "blocks.1.second": LINEAR}
+    with torch.no_grad():
+        torch.testing.assert_close(parts(X), stack(X))
+    with pytest.raises(tb.OptionError, match=r"Submodule blocks.1.second .*'aten::tanh' is no op type"):
+        converted(as_plugins=[aten.tanh, aten.linear])
 
 
 FILE = """
