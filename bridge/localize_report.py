@@ -128,8 +128,20 @@ class Suspect:
     nodes: tuple[str, ...] = ()
     hint: str = ""
 
+    @property
+    def as_plugins(self) -> str:
+        """What runs in PyTorch instead with ``convert(as_plugins=...)``; "" where that does not go round the mistake.
+
+        The innermost module that the layer is in, else its torch op, else (of a file) the node.
+        """
+        if not self.stage.startswith(("export", "engine")):
+            return ""
+        return (self.origin.module or self.origin.op) if self.origin.call else self.node
+
     def __str__(self) -> str:
         lines = [f"{self.op_type} {self.node!r} in stage {self.stage}: {self.words}", f"  from {self.origin}"]
+        if self.as_plugins:
+            lines.append(f"  as_plugins={self.as_plugins!r} runs it in PyTorch meanwhile")
         if self.hint:
             lines.append(f"  {self.hint}")
         if len(self.nodes) > 1:
@@ -140,7 +152,8 @@ class Suspect:
 
     def to_json(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return _plain_dict({**data, "origin": _origin_json(self.origin), "layer": self.layer.tensor})
+        more = {"origin": _origin_json(self.origin), "layer": self.layer.tensor, "as_plugins": self.as_plugins}
+        return _plain_dict(data | more)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,35 @@ def test_a_pass_with_a_bug_is_named(net: nn.Module, x: torch.Tensor) -> None:
     assert report.suspect.op_type == "Gemm"
     assert "self.up(y)" in report.suspect.origin.code
     assert [stage.name for stage in report.stages] == ["export", "pass Careless"]
+    assert report.suspect.as_plugins == "", "a plugin does not go round a pass that is wrong"
+
+
+class Pool(nn.Module):
+    """torch.onnx forgets the divisor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(x, 2, divisor_override=3)
+
+
+class Pools(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = Pool()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(x + 1) * 2
+
+
+@pytest.mark.parametrize(("model", "entry"), [(Pools(), "pool"), (Pool(), "aten.avg_pool2d.default")])
+def test_what_goes_round_a_wrong_export(model: nn.Module, entry: str) -> None:
+    x = torch.randn(1, 2, 8, 8)
+    options: dict[str, Any] = {"backend": "onnxruntime", "check_export": False}
+    report = tb.localize(model, None, (x,), **options)
+    assert report.suspect is not None
+    assert report.suspect.stage == "export"
+    assert report.suspect.as_plugins == report.to_json()["suspect"]["as_plugins"] == entry
+    assert f"as_plugins={entry!r} runs it in PyTorch meanwhile" in str(report)
+    assert tb.localize(model, None, (x,), as_plugins=entry, **options).suspect is None
 
 
 def test_half_precision_raises_no_alarm(net: nn.Module, x: torch.Tensor) -> None:
