@@ -26,7 +26,7 @@ from .simplify import simplify
 from .stated_sizes import stated_sizes
 from .structure import Structure
 from .trace import MODULE, left_as_found, quiet, shorten, to_eval_mode, trace_module
-from .tracing import one_at_a_time
+from .tracing import alone, one_at_a_time
 from .translate_calls import call_translation
 from .translations import shared_translations
 from .untranslatable import (
@@ -189,11 +189,12 @@ def trace(
             f"convert() takes a torch.nn.Module or the path of an .onnx file, got {type(model).__name__}."
         )
     arguments = collect(model, args, dict(kwargs or {}), dynamic_shapes)
-    with left_as_found(model), torch.no_grad(), quiet():
-        to_eval_mode(model)
-        program, structure, complex_outputs = trace_module(model, arguments)
+    with alone():  # from here to the end no other thread gives the module other parameters
+        with left_as_found(model), torch.no_grad(), quiet():
+            to_eval_mode(model)
+            program, structure, complex_outputs = trace_module(model, arguments)
+        parameters = describe_parameters(model, program, f"{MODULE}.") if refittable else None
     mark_calls(program)
-    parameters = describe_parameters(model, program, f"{MODULE}.") if refittable else None
     return ExportedModule(program, arguments, structure, complex_outputs, type(model).__name__, opset, parameters)
 
 

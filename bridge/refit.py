@@ -22,6 +22,7 @@ from .build import snapshot
 from .parameters import Parameters, TensorType, attribute_of, digest, module_tensors
 from .program import EngineStep, Program, Step
 from .recipes import Recipes
+from .tracing import alone
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +87,10 @@ def checked(parameters: Parameters, weights: Weights) -> dict[str, ir.TensorProt
         RefitError: they do not fit; the message names each that does not.
     """
     if isinstance(weights, torch.nn.Module):
-        given = module_tensors(weights)
-        given |= {n: t for n in parameters.fixed if n not in given and (t := attribute_of(weights, n)) is not None}
-        known = {*weights.state_dict()} | {*parameters.types, *parameters.ties}
+        with alone():  # while a thread traces the module it has others
+            given = module_tensors(weights)
+            given |= {n: t for n in parameters.fixed if n not in given and (t := attribute_of(weights, n)) is not None}
+            known = {*weights.state_dict()} | {*parameters.types, *parameters.ties}
     elif isinstance(weights, Mapping):
         given, known = dict(weights), {*weights}
     else:

@@ -9,7 +9,7 @@ import logging
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -171,20 +171,37 @@ def to_eval_mode(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def left_as_found(model: torch.nn.Module) -> Iterator[None]:
-    """Put back every module's training flag and attributes, whatever tracing did to them."""
-    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, parameters, buffers, modules in before:
-            for own, old in ((module._parameters, parameters), (module._buffers, buffers), (module._modules, modules)):
-                if own.keys() != old.keys() or any(own[key] is not old[key] for key in old):
-                    own.clear()
-                    own.update(old)  # type: ignore[arg-type]
-            current = module.__dict__
-            if current.keys() != attributes.keys() or any(current[key] is not attributes[key] for key in attributes):
-                current.clear()
-                current.update(attributes)
+    """Put back every module's training flag and attributes, whatever tracing did to them.
+
+    No other thread traces meanwhile: it may be the same module, which has other parameters then, and these would be
+    what is put back.
+    """
+    with alone():
+        before = [
+            (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in model.modules()
+        ]
+        try:
+            yield
+        finally:
+            for found in before:
+                _put_back(*found)
+
+
+def _put_back(
+    module: torch.nn.Module,
+    attributes: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    buffers: Mapping[str, Any],
+    modules: Mapping[str, Any],
+) -> None:
+    for own, old in ((module._parameters, parameters), (module._buffers, buffers), (module._modules, modules)):
+        if own.keys() != old.keys() or any(own[key] is not old[key] for key in old):
+            own.clear()
+            own.update(old)
+    current = module.__dict__
+    if current.keys() != attributes.keys() or any(current[key] is not attributes[key] for key in attributes):
+        current.clear()
+        current.update(attributes)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from unittest import mock
 import bench_models as models
 import torch
 from bench_beside import BATCHES, LEAST_COSINE
-from bench_common import BACKEND, Call, Example, Keep, Row, Settings, alone, in_turns
+from bench_common import BACKEND, Call, Keep, Row, Settings, alone, in_turns
 from bench_passes import ALL, pipeline_of
 from helpers import compare, leaves
 
@@ -77,24 +78,31 @@ LOWERINGS = {
 }  # fmt: skip
 
 
+AT_ONCE = 4
+"""Conversions at once: they trace one after the other and build side by side."""
+
+
 def lowerings(model: str, settings: Settings, keep: Keep) -> list[Row]:
     """Each way at batch 1 and the largest, in turns with the usual one."""
     eager = models.eager(model, settings)
     called = _ops_of(model, eager, settings)
+    ways = {way: lowering for way, lowering in LOWERINGS.items()
+            if not (lowering.rtx and BACKEND != "tensorrt_rtx")
+            and (not lowering.in_torch or lowering.in_torch in called)}  # fmt: skip
+    made = _converted(model, eager, settings, ways)
     rows: list[Row] = []
     for batch in BATCHES:
         given = models.example(model, settings, batch)
         with torch.no_grad():
             expected = [tensor.clone() for tensor in leaves(eager(*given.args, **given.kwargs))]
         calls: dict[str, Call] = {}
-        for way, lowering in LOWERINGS.items():
-            if (lowering.rtx and BACKEND != "tensorrt_rtx") or (lowering.in_torch and lowering.in_torch not in called):
-                continue
+        for way, lowering in ways.items():
             row: Row = {"way": f"{way} {batch}", "lowering": way, "words": lowering.words, "batch": batch, "error": ""}
             rows.append(row)
             try:
-                calls[way], results = _made(model, eager, given, lowering)
-                row |= compare(leaves(results), expected)
+                call = made[way, batch if lowering.one_size else 0].result().bind(*given.args, **given.kwargs)
+                row |= compare(leaves(call()), expected)
+                calls[way] = call
             except Exception as error:  # a way that fails is a finding
                 row["error"] = f"{type(error).__name__}: {error}"[:400]
             keep(rows)
@@ -111,6 +119,20 @@ def lowerings(model: str, settings: Settings, keep: Keep) -> list[Row]:
     return rows
 
 
+def _converted(
+    model: str, eager: torch.nn.Module, settings: Settings, ways: Mapping[str, Lowering]
+) -> dict[tuple[str, int], Future[tb.EngineModule]]:
+    """Every way's conversion, ended: by way and batch where it is for one size, else by way and 0."""
+    jobs = [(way, batch) for way, lowering in ways.items() for batch in (BATCHES if lowering.one_size else (0,))]
+    done: dict[tuple[str, int], Future[tb.EngineModule]] = {}
+    for apart in (False, True):  # what changes the package for all threads is done when nothing else is
+        with ThreadPoolExecutor(1 if apart else AT_ONCE) as pool:
+            for way, batch in jobs:
+                if (ways[way].around is not nullcontext) is apart:
+                    done[way, batch] = pool.submit(_convert, model, eager, settings, ways[way], batch)
+    return done
+
+
 def _ops_of(model: str, eager: torch.nn.Module, settings: Settings) -> set[str]:
     """The torch ops that a model calls, without their overloads, as convert() finds them."""
     given = models.example(model, settings, BATCHES[0])
@@ -118,19 +140,19 @@ def _ops_of(model: str, eager: torch.nn.Module, settings: Settings) -> set[str]:
     return {node.target._schema.name for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
 
 
-def _made(model: str, eager: torch.nn.Module, given: Example, lowering: Lowering) -> tuple[Call, Any]:
+def _convert(model: str, eager: torch.nn.Module, settings: Settings, lowering: Lowering, batch: int) -> tb.EngineModule:
+    """One conversion; `batch`: the only one that it is for, 0 for all."""
     options = {**models.convert_options(model), **lowering.options()}
     if lowering.in_torch:
         options["as_plugins"] = lowering.in_torch
-    if not lowering.one_size:
+    if not batch:
         options["dynamic_shapes"] = models.case_named(model).dynamic_shapes
+    given = models.example(model, settings, batch or BATCHES[0])
     with lowering.around():
-        module = tb.convert(
+        return tb.convert(
             eager, given.args, given.kwargs, backend=BACKEND, cuda_graphs=True, overlap_kernels=lowering.overlap,
             **options,
         )  # fmt: skip
-    call = module.bind(*given.args, **given.kwargs)
-    return call, call()
 
 
 def lowerings_wrong(rows: Sequence[Row]) -> list[str]:
