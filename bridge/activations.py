@@ -27,6 +27,7 @@ from .export import ExportedModule
 from .model import OnnxModel, iterate_nodes
 from .partition import partition, spec_of
 from .runtime import RunningProgram
+from .seeds import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def cuda_devices(traced: ExportedModule) -> list[int]:
-    """Indices of the CUDA devices that a module is on, for torch.random.fork_rng."""
+    """Indices of the CUDA devices that a module is on, for `seeded`."""
     tensors = [*traced.arguments.tensors, *traced.program.state_dict.values()]
     return sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})
 
@@ -310,8 +311,7 @@ def _run_plan(model: OnnxModel, feeds: Mapping[str, torch.Tensor], names: Sequen
     plan = partition(model)
     running = RunningProgram(build_plan(plan, get_backend("onnxruntime"), BuildOptions()), _CPU, None)
     inputs = [feeds[spec.name].to(dtype=to_torch(spec.dtype)) for spec in model.signature.inputs]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         seen = running.run_all(inputs)
     return {name: seen[plan.aliases.get(name, name)] for name in names}
 

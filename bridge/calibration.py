@@ -22,6 +22,7 @@ from .build import build_plan
 from .model import OnnxModel
 from .partition import partition, spec_of
 from .runtime import RunningProgram
+from .seeds import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,7 @@ def calibrate(model: OnnxModel, *samples: Sequence[torch.Tensor]) -> dict[str, T
     found: dict[str, TensorRange] = {}
     for sample in samples:
         tensors = [tensor.detach().cpu() for tensor in sample]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded():
             seen = running.run_all(tensors)
         ranges = {
             spec.name: TensorRange.of(tensor)

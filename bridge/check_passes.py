@@ -30,6 +30,7 @@ from .model import OnnxModel, iterate_nodes
 from .options import Options
 from .partition import partition
 from .runtime import RunningProgram
+from .seeds import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +118,7 @@ class CheckRunner:
             plan = dataclasses.replace(plan, steps=tuple(steps))
         running = RunningProgram(build_plan(plan, get_backend("onnxruntime"), BuildOptions()), _CPU, None)
         inputs = [from_numpy(feeds[spec.name]) for spec in self.model.signature.inputs]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded():
             seen = running.run_all(inputs)
         names = {spec.name: plan.aliases.get(spec.name, spec.name) for spec in plan.signature.outputs}
         found = {name: to_numpy(seen[inner]) for name, inner in names.items()}

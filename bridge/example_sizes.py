@@ -9,6 +9,7 @@ import torch
 
 from .activations import Recorder, cuda_devices
 from .export import ExportedModule
+from .seeds import seeded
 from .stated_sizes import tied_symbols
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,7 @@ def example_sizes(traced: ExportedModule) -> dict[str, int]:
     if not tied:
         return {}
     recorder = _SizeRecorder(traced, tied)
-    with torch.random.fork_rng(devices=cuda_devices(traced)):
-        torch.manual_seed(0)
+    with seeded(cuda_devices(traced)):
         try:
             recorder.run_example()
         except Exception as error:  # half of the bound will do, unless the builder says otherwise

@@ -16,6 +16,7 @@ from .activations import INDEX_OPS, Recorder, cuda_devices, run_graph
 from .export import ExportedModule
 from .model import OnnxModel
 from .partition import tensor_types
+from .seeds import seeded
 from .untranslatable import random_calls
 
 logger = logging.getLogger(__name__)
@@ -115,8 +116,7 @@ class TorchReference:
         return {node.name: str(node.target) for node in self.traced.program.graph.nodes}
 
     def _run(self, recorder: Recorder) -> list[torch.Tensor]:
-        with torch.random.fork_rng(devices=cuda_devices(self.traced)):
-            torch.manual_seed(0)
+        with seeded(cuda_devices(self.traced)):
             try:
                 return recorder.run_example()
             except Exception as error:

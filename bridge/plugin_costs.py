@@ -17,6 +17,7 @@ from .model import OnnxModel, TensorSpec
 from .partition import partition
 from .plan import Plan, PluginCall
 from .planner import Planner
+from .seeds import seeded
 
 _CALLS = 4
 """How often an op is called to time it; the fastest counts, since the first call pays for what comes once."""
@@ -110,7 +111,7 @@ def _times(planner: Planner, calls: Collection[PluginCall]) -> tuple[dict[str, f
     wanted = {call.origin.call: call.name for call in calls if call.origin.call and not call.op.startswith(_NODE)}
     clock = _Clock(source, wanted)
     try:
-        with torch.random.fork_rng(devices=cuda_devices(source)):
+        with seeded(cuda_devices(source)):
             clock.run_example()
     except Exception as error:  # the module's own code runs, so any error can come
         return {}, f"the module fails on its example: {str(error).strip().splitlines()[0][:200]}"

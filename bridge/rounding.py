@@ -25,6 +25,7 @@ from .build import build_plan
 from .model import OnnxModel, TensorSpec
 from .partition import partition
 from .runtime import RunningProgram
+from .seeds import seeded
 
 _FLOAT = onnx.TensorProto.FLOAT
 _NARROW = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
@@ -103,8 +104,7 @@ class RoundedModel:
             The outputs in order.
         """
         switches = torch.tensor([True] * self.groups if rounding is None else list(rounding))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded():
             return self._running([*inputs, switches])
 
 

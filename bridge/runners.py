@@ -27,6 +27,7 @@ from ..plugins.captures import wait_for_device
 from .dtypes import to_torch
 from .model import Signature
 from .module import EngineModule
+from .seeds import seeded
 from .structure import Structure, flatten, leaf_labels
 from .trace import left_as_found
 
@@ -108,9 +109,8 @@ class _Runner(BaseRunner):  # type: ignore[misc]  # Polygraphy has no types
             for label, dtype in zip(self.layout.labels, self.layout.dtypes, strict=True)
         ]
         args, kwargs = self.layout.call(tensors)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.manual_seed(0)
+        devices = [self.device.index or 0] if self.device.type == "cuda" else []
+        with seeded(devices), torch.no_grad():
             _wait(self.device)
             started = time.perf_counter()
             result = self.run(args, kwargs)

@@ -24,6 +24,7 @@ from .model import OnnxModel, origin_of
 from .plan import Plan
 from .program import Program
 from .runtime import RunningProgram
+from .seeds import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,7 @@ def find_wrong_calls(traced: ExportedModule, model: OnnxModel, plan: Plan) -> di
         logger.info("the export is not checked: weights of %.1f GB", model.weight_bytes / 1e9)
         return {}
     interpreter = Recorder(traced)
-    with torch.random.fork_rng(devices=cuda_devices(traced)):
-        torch.manual_seed(0)
+    with seeded(cuda_devices(traced)):
         try:
             expected = interpreter.run_example()
         except Exception as error:
@@ -70,8 +70,7 @@ def find_wrong_calls(traced: ExportedModule, model: OnnxModel, plan: Plan) -> di
             logger.warning("the export cannot be checked in ONNX Runtime: %s", error)
         return found
     inputs = [tensor.detach().cpu() for tensor in traced.arguments.tensors]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         try:
             actual = RunningProgram(program, _CPU, None)(inputs)
         except TrtBridgeError as error:
@@ -144,8 +143,7 @@ def _first_wrong_call(
         outside.setdefault(made[name], {})[name] = None
     outside.pop("", None)
     recorder.wanted = set(outside)
-    with torch.random.fork_rng(devices=cuda_devices(recorder.traced)):
-        torch.manual_seed(0)
+    with seeded(cuda_devices(recorder.traced)):
         recorder.run_example()
     interesting = {name for names in outside.values() for name in names}
     per_segment = {
@@ -154,8 +152,7 @@ def _first_wrong_call(
     }
     try:
         running = RunningProgram(_build(plan, per_segment), _CPU, None)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded():
             seen = running.run_all(inputs)
     except TrtBridgeError as error:
         logger.info("the intermediate results cannot be had from ONNX Runtime: %s", error)

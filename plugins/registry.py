@@ -82,7 +82,10 @@ def _in_turn(op: Callable[..., Any]) -> AbstractContextManager[Any]:
 
 
 def _is_torchs_note(error: KeyError) -> bool:
-    """Whether that note was missing: somebody else's op ran in another thread, which does not wait for ours."""
+    """Whether that note was missing: somebody else's op ran in another thread, which does not wait for ours.
+
+    From 2.13 on torch makes the note only while something is exported, in whatever thread.
+    """
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -103,7 +106,7 @@ def call_op(
     Returns:
         The output tensors, flat (`flatten_results`).
     """
-    for _ in range(_TRIES if _TORCH_RACES else 0):
+    for _ in range(_TRIES):
         try:
             return _call_once(op, template, tensors, device)
         except KeyError as error:
