@@ -109,7 +109,9 @@ class _Runner(BaseRunner):  # type: ignore[misc]  # Polygraphy has no types
             for label, dtype in zip(self.layout.labels, self.layout.dtypes, strict=True)
         ]
         args, kwargs = self.layout.call(tensors)
-        devices = [self.device.index or 0] if self.device.type == "cuda" else []
+        devices = []
+        if self.device.type == "cuda":
+            devices = [torch.cuda.current_device() if self.device.index is None else self.device.index]
         with seeded(devices), torch.no_grad():
             _wait(self.device)
             started = time.perf_counter()
