@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _Key = tuple[torch.Size, ...]
 
 _MOST_FAILURES = 3  # captures that fail one after the other, of different shapes, before none is tried any more
+_ATTEMPTS = 2  # with the same shapes: what another thread does, as torch.cuda.synchronize, may have spoilt the first
 _PATIENCE = 16  # a graph makes room for another after so many calls without it, times the number of graphs
 
 
@@ -47,7 +48,7 @@ class GraphCache:
         self._seen: OrderedDict[_Key, None] = OrderedDict()  # shapes of one call so far, which was plain
         self.lock = threading.RLock()
         self._calls = 0
-        self._failed: list[_Key] = []  # shapes whose last capture failed, with no success since
+        self._failed: Counter[_Key] = Counter()  # captures that failed, by shapes, with no success since
         self.refusal = ""
         """Why there are no graphs (any more), "" where there are."""
         self.counters = {"graph_replays": 0, "graph_captures": 0, "graph_evictions": 0}
@@ -144,13 +145,13 @@ class GraphCache:
 
     def _capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True) -> Captured | None:
         key = tuple(tensor.shape for tensor in inputs)
-        if key in self._failed:
+        if self._failed[key] == _ATTEMPTS:
             return None
         try:
             captured = self._capturer.capture(inputs, own_inputs, own_inputs and self._fresh_outputs)
         except Exception as error:
             # A plain call with these shapes shows whether they are the cause.
-            self._failed.append(key)
+            self._failed[key] += 1
             why = f"a call cannot be captured: {type(error).__name__}: {error}"
             if len(self._failed) == _MOST_FAILURES:
                 self._give_up(why)

@@ -271,7 +271,7 @@ def memory() -> dict[str, int]:
     if statm.exists():
         found["RSS"] = int(statm.read_text().split()[1]) * resource.getpagesize()
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        # Not waited for: torch.cuda.synchronize fails, and spoils the capture, while another thread captures a graph.
         free, total = torch.cuda.mem_get_info()
         found |= {"CUDA tensors": torch.cuda.memory_allocated(), "CUDA device": total - free}
     return found

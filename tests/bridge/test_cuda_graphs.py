@@ -151,6 +151,16 @@ def test_a_shape_that_cannot_be_captured_runs_plainly_and_others_do_not() -> Non
     assert cache.refusal == ""
 
 
+def test_a_capture_that_another_thread_spoilt_is_made_again() -> None:
+    """By torch.cuda.synchronize, say; one that fails twice is not tried again."""
+    capturer = FakeCapturer()
+    cache = _cache(capturer)
+    capturer.failing = {3, 5}
+    assert [_call(cache, batch) for batch in (3, 3, 5, 5, 5)] == [False] * 5
+    capturer.failing = set()
+    assert [_call(cache, batch) for batch in (5, 3, 3)] == [False, True, True]
+
+
 def test_after_three_shapes_in_a_row_nothing_is_tried_any_more(caplog: pytest.LogCaptureFixture) -> None:
     capturer = FakeCapturer()
     capturer.failing = {1, 2, 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 
@@ -102,3 +103,92 @@ def test_a_call_that_fails_gives_its_turn_back_and_is_no_first_call() -> None:
     with pytest.raises(ValueError, match="no"), program.turn(SHAPES):
         raise ValueError("no")
     assert _passes(_known(), 10)
+
+
+def _order(calls: int, threads: int) -> list[int]:
+    """Which thread made each of the calls, all at once and one right after the other in each thread."""
+    program = _known()
+    order: list[int] = []
+    ready = threading.Barrier(threads)
+
+    def work(number: int) -> None:
+        ready.wait()
+        for _ in range(calls):
+            with program.turn(SHAPES):
+                order.append(number)
+                time.sleep(1e-4)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+    return order
+
+
+def _changes(order: list[int]) -> int:
+    return sum(one != other for one, other in pairwise(order))
+
+
+@pytest.mark.usefixtures("_patient")
+def test_who_calls_again_at_once_keeps_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waking another thread takes as long as half a call on a GPU."""
+    monkeypatch.setattr(turns, "TURN_S", 30.0)
+    monkeypatch.setattr(turns, "AT_ONCE_S", 0.3)
+    # A thread's first call lets go, as nobody knows yet; its second one comes in a row with all the others.
+    assert _changes(_order(calls=50, threads=4)) <= 3 + 4
+
+
+class _Beside:
+    """A call in another thread, which waits for its turn when this is made."""
+
+    def __init__(self, program: HostTurns) -> None:
+        self.began: list[float] = []
+
+        def call() -> None:
+            with program.turn(SHAPES):
+                self.began.append(time.perf_counter())
+
+        self.thread = threading.Thread(target=call, daemon=True)
+        self.thread.start()
+        until = time.monotonic() + 30
+        while not program._device._waiting and time.monotonic() < until:
+            time.sleep(1e-3)
+        assert not self.began
+
+
+@pytest.mark.usefixtures("_patient")
+def test_a_turn_has_an_end_while_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whoever had it is not the first to have it again."""
+    monkeypatch.setattr(turns, "TURN_S", 0.0)
+    program = _known()
+    for _ in range(2):  # the second time, this thread is one that calls again at once
+        with program.turn(SHAPES):
+            beside = _Beside(program)
+        with program.turn(SHAPES):
+            assert beside.began
+
+
+@pytest.mark.usefixtures("_patient")
+def test_a_turn_is_not_kept_for_a_thread_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "TURN_S", 30.0)
+    monkeypatch.setattr(turns, "AT_ONCE_S", 0.5)
+    program = _known()
+    with program.turn(SHAPES):
+        pass
+    with program.turn(SHAPES):  # this thread is one that calls again at once
+        beside = _Beside(program)
+    with program.turn(SHAPES):
+        assert not beside.began, "the turn was kept"
+    left = time.perf_counter()
+    beside.thread.join(10)
+    assert beside.began[0] - left > 0.4
+
+
+@pytest.mark.usefixtures("_patient")
+def test_who_is_not_back_at_once_lets_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls with other work between them are not waited for."""
+    monkeypatch.setattr(turns, "AT_ONCE_S", 1e-9)
+    monkeypatch.setattr(turns, "LOOK_S", 30.0)  # only who lets go wakes another one
+    program = _known()
+    with program.turn(SHAPES):
+        beside = _Beside(program)
+    beside.thread.join(10)
+    assert beside.began
