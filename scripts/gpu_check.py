@@ -112,7 +112,8 @@ def run(options: argparse.Namespace, scratch: Path) -> Record:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(merge(records), indent=1))
 
-    spread = ["-n", str(options.workers)] if importlib.util.find_spec("xdist") and options.workers > 1 else []
+    many = importlib.util.find_spec("xdist") and options.workers > 1
+    spread = ["-n", str(options.workers), "--dist", "worksteal"] if many else []  # tests of a minute are at the end
     for part in (part for part in PARTS if part in parts and part != "models"):
         own = environment
         newest = os.environ.get("GPU_SITE_PLUGINS")  # where the newest parser stands beside an older runtime
