@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
@@ -44,10 +43,13 @@ class _Device:
     def enter(self) -> bool:
         """Take the turn; False where nobody gave it up in time."""
         me, now = threading.get_ident(), time.perf_counter()
-        self._mine.returns = now - getattr(self._mine, "left", 0.0) < AT_ONCE_S
         with self._changed:
-            if self._owner == me:
+            if self._owner == me and self._depth:  # a call within a call
                 self._depth += 1
+                return True
+            self._mine.returns = now - getattr(self._mine, "left", 0.0) < AT_ONCE_S
+            if self._owner == me:
+                self._depth = 1
                 return True
             if not self._owner and not self._waiting:
                 self._take(me)
@@ -61,12 +63,12 @@ class _Device:
 
     def leave(self) -> None:
         """The end of a call that has the turn."""
-        now = self._mine.left = time.perf_counter()
+        now = time.perf_counter()
         with self._changed:
             self._depth -= 1
             if self._depth:
                 return
-            self._left = now
+            self._left = self._mine.left = now
             most = min(TURN_S, PATIENCE_S / 2 / max(self._waiting, 1))
             if not self._waiting or not self._mine.returns or now - self._began > most:
                 self._owner = 0
@@ -90,7 +92,7 @@ class _Device:
         self._owner, self._depth, self._began = me, 1, time.perf_counter()
 
 
-_devices: defaultdict[int, _Device] = defaultdict(_Device)
+_devices: dict[int, _Device] = {}
 
 
 class HostTurns:
@@ -101,7 +103,7 @@ class HostTurns:
     """
 
     def __init__(self, device: int) -> None:
-        self._device = _devices[device]
+        self._device = _devices.setdefault(device, _Device())  # one step, whatever threads load programs
         self._known: set[Hashable] = set()
 
     @contextmanager

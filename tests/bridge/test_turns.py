@@ -175,6 +175,8 @@ def test_a_turn_is_not_kept_for_a_thread_that_stays_away(monkeypatch: pytest.Mon
         pass
     with program.turn(SHAPES):  # this thread is one that calls again at once
         beside = _Beside(program)
+    with program.turn(SHAPES), program.turn(SHAPES):  # one within the other, as a plugin may call a module
+        assert not beside.began, "the turn was kept"
     with program.turn(SHAPES):
         assert not beside.began, "the turn was kept"
     left = time.perf_counter()
