@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
@@ -31,13 +32,12 @@ class _Device:
     """The turns on one device, which all its programs share."""
 
     def __init__(self) -> None:
-        self._first = threading.Lock()  # held by the first of those who wait
-        self._changed = threading.Condition()  # around what follows, for moments; the first one waits in it
+        self._changed = threading.Condition()  # around what follows, for moments; the first who waits does so in it
+        self._queue: deque[threading.Lock] = deque()  # of those who wait; all but the first one's are locked
         self._owner = 0  # thread that has the turn, within calls and between them
         self._depth = 0  # its calls, one within the other; 0 between two of them
         self._began = 0.0
         self._left = 0.0
-        self._waiting = 0
         self._mine = threading.local()
 
     def enter(self) -> bool:
@@ -51,15 +51,10 @@ class _Device:
             if self._owner == me:
                 self._depth = 1
                 return True
-            if not self._owner and not self._waiting:
+            if not self._owner and not self._queue:
                 self._take(me)
                 return True
-            self._waiting += 1
-        try:
-            return self._wait(me, now + PATIENCE_S)
-        finally:
-            with self._changed:
-                self._waiting -= 1
+        return self._wait(me, now + PATIENCE_S)
 
     def leave(self) -> None:
         """The end of a call that has the turn."""
@@ -69,15 +64,20 @@ class _Device:
             if self._depth:
                 return
             self._left = self._mine.left = now
-            most = min(TURN_S, PATIENCE_S / 2 / max(self._waiting, 1))
-            if not self._waiting or not self._mine.returns or now - self._began > most:
+            most = min(TURN_S, PATIENCE_S / 2 / max(len(self._queue), 1))
+            if not self._queue or not self._mine.returns or now - self._began > most:
                 self._owner = 0
                 self._changed.notify()
 
     def _wait(self, me: int, deadline: float) -> bool:
-        if not self._first.acquire(timeout=PATIENCE_S):
-            return False
+        mine = threading.Lock()
+        with self._changed:
+            if self._queue:
+                mine.acquire()
+            self._queue.append(mine)
         try:
+            if not mine.acquire(timeout=max(0.0, deadline - time.perf_counter())):  # until this one is the first
+                return False
             with self._changed:
                 while self._owner and (self._depth or time.perf_counter() - self._left < AT_ONCE_S):
                     if time.perf_counter() > deadline:
@@ -86,7 +86,11 @@ class _Device:
                 self._take(me)
                 return True
         finally:
-            self._first.release()
+            with self._changed:
+                first = self._queue[0] is mine
+                self._queue.remove(mine)
+                if first and self._queue:
+                    self._queue[0].release()
 
     def _take(self, me: int) -> None:
         self._owner, self._depth, self._began = me, 1, time.perf_counter()

@@ -25,7 +25,7 @@ from unittest import mock
 
 import bench_models as models
 import torch
-from bench_common import BACKEND, DRY_RUN, Example, Settings, program_file, synchronize
+from bench_common import BACKEND, DRY_RUN, Example, Settings, program_file
 
 import trtbridge as tb
 from trtbridge.bridge import turns
@@ -108,7 +108,8 @@ def rate(calls: Sequence[Call], count: int) -> tuple[float, float]:
     started = time.perf_counter()
     for thread in crowd:
         thread.join()
-    synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return each * len(calls) / (time.perf_counter() - started), max(longest)
 
 

@@ -149,7 +149,7 @@ class _Beside:
         self.thread = threading.Thread(target=call, daemon=True)
         self.thread.start()
         until = time.monotonic() + 30
-        while not program._device._waiting and time.monotonic() < until:
+        while not program._device._queue and time.monotonic() < until:
             time.sleep(1e-3)
         assert not self.began
 
@@ -182,6 +182,36 @@ def test_a_turn_is_not_kept_for_a_thread_that_stays_away(monkeypatch: pytest.Mon
     left = time.perf_counter()
     beside.thread.join(10)
     assert beside.began[0] - left > 0.4
+
+
+def test_turns_come_in_the_order_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who give up in between are passed over."""
+    monkeypatch.setattr(turns, "PATIENCE_S", 30.0)
+    program = _known()
+    order: list[int] = []
+
+    def call(number: int) -> None:
+        with program.turn(SHAPES):
+            if number != 2:
+                order.append(number)
+            else:
+                assert not order, "it gave up, and goes on beside whoever has the turn"
+
+    crowd = [threading.Thread(target=call, args=(number,), daemon=True) for number in range(6)]
+    with program.turn(SHAPES):
+        for number, thread in enumerate(crowd):
+            monkeypatch.setattr(turns, "PATIENCE_S", 0.01 if number == 2 else 30.0)
+            thread.start()
+            if number == 2:
+                thread.join(10)
+                continue
+            until = time.monotonic() + 30
+            while len(program._device._queue) < number + (number < 2) and time.monotonic() < until:
+                time.sleep(1e-3)
+    for thread in crowd:
+        thread.join(10)
+    assert order == [0, 1, 3, 4, 5]
+    assert not program._device._queue
 
 
 @pytest.mark.usefixtures("_patient")
