@@ -129,7 +129,7 @@ def _changes(order: list[int]) -> int:
 
 @pytest.mark.usefixtures("_patient")
 def test_who_calls_again_at_once_keeps_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waking another thread takes as long as half a call on a GPU."""
+    """Changing threads takes as long as half a call on a GPU."""
     monkeypatch.setattr(turns, "TURN_S", 30.0)
     monkeypatch.setattr(turns, "AT_ONCE_S", 0.3)
     # A thread's first call lets go, as nobody knows yet; its second one comes in a row with all the others.
