@@ -3,8 +3,8 @@
 A plain call is hundreds of launches, between which it lets go of Python's lock again and again, and each launch takes
 the driver's lock of the device. Threads that do that at once get in each other's way: eight of them made 0.4 of the
 calls of one thread, and 0.6 where the turn changed with every call, as changing to a thread on another core takes as
-long as half a call. So a thread that calls again at once keeps its turn for a while, and then there are as many calls as from
-one thread (docs/runtime.md). On the device their work overlaps all the same.
+long as half a call. So a thread that calls again at once keeps its turn for a while (docs/runtime.md). On the device
+their work overlaps all the same.
 """
 
 from __future__ import annotations
