@@ -2,9 +2,9 @@
 
 A plain call is hundreds of launches, between which it lets go of Python's lock again and again, and each launch takes
 the driver's lock of the device. Threads that do that at once get in each other's way: eight of them made 0.4 of the
-calls of one thread, and 0.6 where the turn changed with every call, as changing to a thread on another core takes as
-long as half a call. So a thread that calls again at once keeps its turn for a while (docs/runtime.md). On the device
-their work overlaps all the same.
+calls of one thread, and 0.5 to 0.7 where the turn changed with every call, as changing to a thread on another core
+takes about half as long as a call. So a thread that calls again at once keeps its turn for a while (docs/runtime.md).
+On the device their work overlaps all the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PATIENCE_S = 1.0
 """Then a call goes on beside the other one, which may be waiting for this very call. It does get in the way then."""
 TURN_S = 0.04
 """How long a thread keeps its turn while others wait, if it calls again at once; less where many wait. Changing threads
-took 0.6 ms on an H200's host."""
+took about 0.5 ms on an H200's host."""
 AT_ONCE_S = 0.0003
 """Between the end of a call and the next one of its thread: whoever is back so soon is taken to do so again."""
 LOOK_S = 0.002

@@ -123,13 +123,13 @@ def table(kinds: dict[str, Sequence[Call]], count: int, rounds: int) -> str:
                 found.setdefault((way, "one thread"), []).append(rate(alone, count))
                 for kind, calls in kinds.items():
                     found.setdefault((way, kind), []).append(rate(calls, count))
-    lines = [f"| turns | | calls a second | beside one thread | longest call, ms | ({os.cpu_count()} cores) |"]
-    lines += ["|---|---|---:|---:|---:|---|"]
+    lines = [f"{len(os.sched_getaffinity(0))} cores", ""]
+    lines += ["| turns | | calls a second | beside one thread | longest call, ms |", "|---|---|---:|---:|---:|"]
     for (way, kind), measured in found.items():
         median = statistics.median(one for one, _ in measured)
         beside = median / statistics.median(one for one, _ in found[way, "one thread"])
         slowest = 1000 * max(longest for _, longest in measured)
-        lines.append(f"| {way} | {kind} | {median:.0f} | {beside:.3f} | {slowest:.1f} | |")
+        lines.append(f"| {way} | {kind} | {median:.0f} | {beside:.3f} | {slowest:.1f} |")
     return "\n".join(lines)
 
 
