@@ -19,13 +19,22 @@ PATIENCE_S = 1.0
 """Then a call goes on beside the other one, which may be waiting for this very call. It does get in the way then."""
 TURN_S = 0.04
 """How long a thread keeps its turn while others wait, if it calls again at once; less where many wait. Changing threads
-took about 0.5 ms on an H200's host."""
-AT_ONCE_S = 0.0003
-"""Between the end of a call and the next one of its thread: whoever is back so soon is taken to do so again."""
+took 1 to 3 ms on an H200's host: 0.2 until the next one is at it, and on another core its first calls are slower."""
+AT_ONCE_S = 0.001
+"""Between the end of a call and the next one of its thread: whoever stays away for longer loses the turn. It is about
+what changing threads costs."""
 LOOK_S = 0.002
 """How often the first of those who wait looks whether whoever has the turn stays away. Looking takes Python's lock."""
 
 _MOST_SHAPES = 4096
+
+
+class _Habits(threading.local):
+    """Of a thread, on one device."""
+
+    left = 0.0  # when its last call ended
+    kept = False  # whether it kept its turn then
+    returns = True  # whether it is taken to call again at once
 
 
 class _Device:
@@ -38,7 +47,7 @@ class _Device:
         self._depth = 0  # its calls, one within the other; 0 between two of them
         self._began = 0.0
         self._left = 0.0
-        self._mine = threading.local()
+        self._mine = _Habits()
 
     def enter(self) -> bool:
         """Take the turn; False where nobody gave it up in time."""
@@ -47,7 +56,11 @@ class _Device:
             if self._owner == me and self._depth:  # a call within a call
                 self._depth += 1
                 return True
-            self._mine.returns = now - getattr(self._mine, "left", 0.0) < AT_ONCE_S
+            if now - self._mine.left < AT_ONCE_S:
+                self._mine.returns = True
+            elif self._mine.kept:
+                self._mine.returns = False
+            # Who is late and had given the turn up was in the way of the next one's beginning: that says nothing.
             if self._owner == me:
                 self._depth = 1
                 return True
@@ -65,7 +78,8 @@ class _Device:
                 return
             self._left = self._mine.left = now
             most = min(TURN_S, PATIENCE_S / 2 / max(len(self._queue), 1))
-            if not self._queue or not self._mine.returns or now - self._began > most:
+            self._mine.kept = bool(self._queue) and self._mine.returns and now - self._began <= most
+            if not self._mine.kept:
                 self._owner = 0
                 self._changed.notify()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import random
 import resource
+import statistics
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,73 +140,102 @@ def threads(model: str, settings: Settings, keep: Keep) -> list[Row]:
         module = tb.load(program_file(settings, model), models.here(), **options)
         others = 0 if mode == _PARALLEL else settings.threads - 1  # that is what it makes needless
         several = [module, *(copy.deepcopy(module) for _ in range(others))]
-        alone = 0.0
-        for way, crowd in (
-            ("one thread", [module]),
-            ("one module", [module] * settings.threads),
-            ("own modules", several),
-        )[: 2 if mode == _PARALLEL else 3]:
-            rate, cosine, differ = _crowd(crowd, given, expected, settings)
-            alone = alone or rate
-            rows.append({"way": way, "cuda_graphs": mode, "threads": len(crowd), "calls_per_s": round(rate, 1),
-                         "ratio": round(rate / alone, 4), "cosine": cosine, "differ": round(differ, 5)})  # fmt: skip
-            keep(rows)
+        crowds = {"one thread": [module], "one module": [module] * settings.threads}
+        if mode != _PARALLEL:
+            crowds["own modules"] = several
+        with ExitStack() as pools:
+            ways = {
+                way: _Crowd(crowd, given, expected, settings, pools.enter_context(ThreadPoolExecutor(len(crowd))))
+                for way, crowd in crowds.items()
+            }
+            # In turns: what a host does in a second changes by a tenth from one minute to the next.
+            rates: dict[str, list[float]] = {way: [] for way in ways}
+            for _ in range(max(3, settings.repeats // 3)):
+                for way, one in ways.items():
+                    rates[way].append(one.rate())
+            medians = {way: statistics.median(each) for way, each in rates.items()}
+            for way, one in ways.items():
+                cosine, differ = one.check()
+                rows.append({"way": way, "cuda_graphs": mode, "threads": len(crowds[way]),
+                             "calls_per_s": round(medians[way], 1),
+                             "ratio": round(medians[way] / medians["one thread"], 4),
+                             "cosine": cosine, "differ": round(differ, 5)})  # fmt: skip
+                keep(rows)
     return rows
 
 
-def _crowd(
-    crowd: Sequence[Any], given: Sequence[Example], expected: Sequence[list[torch.Tensor]], settings: Settings
-) -> tuple[float, float, float]:
-    """Calls a second of threads together, the same number of calls in all; and of a round that is checked the least
-    cosine to eager, and the share of results that are not bit by bit what the module gives alone.
+class _Crowd:
+    """Threads that call at once, each with its own arguments and on a stream of its own.
+
+    Args:
+        modules: of each thread.
+        given: arguments, the first ones of the first thread.
+        expected: results of eager PyTorch for them.
+        settings: how many calls.
+        pool: as many threads.
     """
-    calls = settings.thread_calls * settings.threads // len(crowd)
-    alone = []
-    for module in {id(module): module for module in crowd}.values():
-        for one in given:
-            for _ in range(3):  # a graph comes with the second
-                result = leaves(module(*one.args, **one.kwargs))
-            alone.append([tensor.clone() for tensor in result])
-    synchronize()
 
-    def stream() -> Any:
-        return nullcontext() if DRY_RUN else torch.cuda.stream(torch.cuda.Stream())
+    def __init__(
+        self,
+        modules: Sequence[Any],
+        given: Sequence[Example],
+        expected: Sequence[list[torch.Tensor]],
+        settings: Settings,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self._modules, self._given, self._expected, self._pool = modules, given, expected, pool
+        self._calls = settings.thread_calls * settings.threads // len(modules)  # in all it is the same number
+        self._alone = []
+        for module in {id(module): module for module in modules}.values():
+            for one in given:
+                for _ in range(3):  # a graph comes with the second
+                    result = leaves(module(*one.args, **one.kwargs))
+                self._alone.append([tensor.clone() for tensor in result])
+        synchronize()
+        self._streams = [None if DRY_RUN else torch.cuda.Stream() for _ in modules]
 
-    def repeat(index: int, ready: threading.Barrier) -> None:
-        with stream():
+    def rate(self) -> float:
+        """Calls a second of all threads together."""
+        ready = threading.Barrier(len(self._modules) + 1)
+        waiting = [self._pool.submit(self._repeat, index, ready) for index in range(len(self._modules))]
+        ready.wait()
+        started = time.perf_counter()
+        for each in waiting:
+            each.result()
+        return len(self._modules) * self._calls / (time.perf_counter() - started)
+
+    def check(self) -> tuple[float, float]:
+        """The least cosine to eager, and the share of results that are not bit by bit what the module gives alone."""
+        checked = list(self._pool.map(self._check, range(len(self._modules))))
+        differ = sum(number for _, number in checked) / (_CHECKED * len(self._modules))
+        return min(cosine for cosine, _ in checked), differ
+
+    def _repeat(self, index: int, ready: threading.Barrier) -> None:
+        module, given = self._modules[index], self._given[index]
+        with self._stream(index):
             for _ in range(5):
-                crowd[index](*given[index].args, **given[index].kwargs)
+                module(*given.args, **given.kwargs)
             _wait()
             ready.wait()
-            for _ in range(calls):
-                crowd[index](*given[index].args, **given[index].kwargs)
+            for _ in range(self._calls):
+                module(*given.args, **given.kwargs)
             _wait()
 
-    def check(index: int) -> tuple[float, int]:
+    def _check(self, index: int) -> tuple[float, int]:
         least, differ = 1.0, 0
-        first = 0 if len(alone) == len(given) else index * len(given)
-        with stream():
+        first = 0 if len(self._alone) == len(self._given) else index * len(self._given)
+        with self._stream(index):
             for turn in range(_CHECKED):
-                which = (index + turn) % len(given)
-                result = leaves(crowd[index](*given[which].args, **given[which].kwargs))
+                which = (index + turn) % len(self._given)
+                given = self._given[which]
+                result = leaves(self._modules[index](*given.args, **given.kwargs))
                 _wait()
-                least = min(least, compare(result, expected[which])["cosine"])
-                differ += not all(map(torch.equal, result, alone[first + which]))
+                least = min(least, compare(result, self._expected[which])["cosine"])
+                differ += not all(map(torch.equal, result, self._alone[first + which]))
         return least, differ
 
-    found = []
-    with ThreadPoolExecutor(len(crowd)) as pool:
-        for _ in range(max(3, settings.repeats // 3)):
-            ready = threading.Barrier(len(crowd) + 1)
-            waiting = [pool.submit(repeat, index, ready) for index in range(len(crowd))]
-            ready.wait()
-            started = time.perf_counter()
-            for each in waiting:
-                each.result()
-            found.append(len(crowd) * calls / (time.perf_counter() - started))
-        checked = list(pool.map(check, range(len(crowd))))
-    differ = sum(number for _, number in checked) / (_CHECKED * len(crowd))
-    return sorted(found)[len(found) // 2], min(cosine for cosine, _ in checked), differ
+    def _stream(self, index: int) -> Any:
+        return nullcontext() if DRY_RUN else torch.cuda.stream(self._streams[index])
 
 
 def _wait() -> None:

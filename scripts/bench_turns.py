@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""How threads that call at once get on without CUDA graphs: no turns, a turn for each call, turns that last.
+"""How threads that call at once get on without CUDA graphs: without turns, with them, and with one thread for all.
 
     python scripts/bench_turns.py                              calls that let go of Python's lock 60 times, anywhere
     python scripts/bench_turns.py --model resnet50 --work DIR  calls of a model of scripts/bench.py, converted in DIR
 
 Calls a second of all threads together, in turns of the ways, medians; `bridge/turns.py` says what turns are for, and
-docs/runtime.md has what came out on a GPU. Of a model both on one module and on a module for each thread.
+docs/runtime.md has what came out on a GPU. Of a model both on one module and on a module for each thread; and what
+bench_turns_one_thread.py tries, with whole calls and with TensorRT's part of them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from unittest import mock
 import bench_models as models
 import torch
 from bench_common import BACKEND, DRY_RUN, Example, Settings, program_file
+from bench_turns_one_thread import OneThread, enqueues, no_turns, whole_calls
 
 import trtbridge as tb
 from trtbridge.bridge import turns
@@ -33,19 +35,31 @@ from trtbridge.bridge import turns
 LAUNCHES = 60
 """Of a call that stands for one of an engine: as often it lets go of Python's lock, for 5 to 10 us each time."""
 
+ENQUEUES = "one thread for enqueues"
+"""The way that only programs of TensorRT have."""
+
 Call = Callable[[], Any]
 
 
-@contextmanager
-def _no_turn(self: turns.HostTurns, shapes: object) -> Iterator[None]:
-    yield
-
-
 WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "no turns": lambda: mock.patch.object(turns.HostTurns, "turn", _no_turn),
+    "no turns": no_turns,
     "a turn each call": lambda: mock.patch.object(turns, "TURN_S", 0.0),
     "as it is": nullcontext,
+    "one thread for calls": lambda: _one_thread(),
+    ENQUEUES: lambda: enqueues(OneThread()),
 }
+
+
+def _in_turn(turn: turns.HostTurns, work: Call) -> None:
+    with turn.turn(()):
+        work()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    one = OneThread()
+    with whole_calls(one), mock.patch.dict(globals(), _in_turn=lambda turn, work: one.call(work)):
+        yield
 
 
 def stand_ins(threads: int) -> list[Call]:
@@ -55,12 +69,11 @@ def stand_ins(threads: int) -> list[Call]:
     def made() -> Call:
         turn = turns.HostTurns(-1)
 
-        def call() -> None:
-            with turn.turn(()):
-                for _ in range(LAUNCHES):
-                    hashlib.sha256(data).digest()
+        def work() -> None:
+            for _ in range(LAUNCHES):
+                hashlib.sha256(data).digest()
 
-        return call
+        return lambda: _in_turn(turn, work)
 
     return [made() for _ in range(threads)]
 
@@ -113,13 +126,13 @@ def rate(calls: Sequence[Call], count: int) -> tuple[float, float]:
     return each * len(calls) / (time.perf_counter() - started), max(longest)
 
 
-def table(kinds: dict[str, Sequence[Call]], count: int, rounds: int) -> str:
-    """Medians of all ways, as text."""
+def table(kinds: dict[str, Sequence[Call]], ways: Sequence[str], count: int, rounds: int) -> str:
+    """Medians of ways, as text."""
     alone = next(iter(kinds.values()))[:1]
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range(rounds):
-        for way, patched in WAYS.items():
-            with patched():
+        for way in ways:
+            with WAYS[way]():
                 found.setdefault((way, "one thread"), []).append(rate(alone, count))
                 for kind, calls in kinds.items():
                     found.setdefault((way, kind), []).append(rate(calls, count))
@@ -142,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     kinds: dict[str, Sequence[Call]] = {}
+    ways = [way for way in WAYS if way != ENQUEUES or (options.model and not DRY_RUN)]
     if options.model is None:
         kinds[f"{options.threads} threads"] = stand_ins(options.threads)
     else:
@@ -150,7 +164,7 @@ def main() -> None:
         options.work.mkdir(parents=True, exist_ok=True)
         one, several = modules(options.model, Settings(options.work, threads=options.threads))
         kinds |= {f"{options.threads} threads, one module": one, f"{options.threads} threads, a module each": several}
-    print(table(kinds, options.calls, options.rounds))
+    print(table(kinds, ways, options.calls, options.rounds))
 
 
 if __name__ == "__main__":
