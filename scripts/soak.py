@@ -30,7 +30,7 @@ from typing import Any
 
 import soak_actions
 import soak_failures
-from soak_actions import Soak, WrongError, living, memory
+from soak_actions import Soak, WrongError, forget_workspaces, living, memory
 
 WARM_UP_S = 10.0
 """Before memory is looked at for the first time."""
@@ -101,6 +101,7 @@ def run(minutes: float, threads: int, seed: int, work: Path) -> dict[str, Any]:
     collected = memory()
     shared = len(soak.pool)
     soak.pool.clear()
+    forget_workspaces()
     left = living()
     tally: dict[str, dict[str, int]] = {}
     for (name, outcome), count in sorted(soak.tally.items()):
