@@ -3,7 +3,7 @@
 A plain call is hundreds of launches, between which it lets go of Python's lock again and again, and each launch takes
 the driver's lock of the device. Threads that do that at once get in each other's way: eight of them made 0.4 of the
 calls of one thread, and 0.5 to 0.7 where the turn changed with every call, as changing to a thread on another core
-takes about half as long as a call. So a thread that calls again at once keeps its turn for a while (docs/runtime.md).
+takes as long as a call or two. So a thread that calls again at once keeps its turn for a while: 0.8 (docs/runtime.md).
 On the device their work overlaps all the same.
 """
 
