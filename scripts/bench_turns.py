@@ -41,15 +41,6 @@ ENQUEUES = "one thread for enqueues"
 Call = Callable[[], Any]
 
 
-WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "no turns": no_turns,
-    "a turn each call": lambda: mock.patch.object(turns, "TURN_S", 0.0),
-    "as it is": nullcontext,
-    "one thread for calls": lambda: _one_thread(),
-    ENQUEUES: lambda: enqueues(OneThread()),
-}
-
-
 def _in_turn(turn: turns.HostTurns, work: Call) -> None:
     with turn.turn(()):
         work()
@@ -60,6 +51,15 @@ def _one_thread() -> Iterator[None]:
     one = OneThread()
     with whole_calls(one), mock.patch.dict(globals(), _in_turn=lambda turn, work: one.call(work)):
         yield
+
+
+WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no turns": no_turns,
+    "a turn each call": lambda: mock.patch.object(turns, "TURN_S", 0.0),
+    "as it is": nullcontext,
+    "one thread for calls": _one_thread,
+    ENQUEUES: lambda: enqueues(OneThread()),
+}
 
 
 def stand_ins(threads: int) -> list[Call]:

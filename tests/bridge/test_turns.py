@@ -129,7 +129,7 @@ def _changes(order: list[int]) -> int:
 
 @pytest.mark.usefixtures("_patient")
 def test_who_calls_again_at_once_keeps_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changing threads takes about half as long as a call on a GPU."""
+    """Changing threads takes as long as a call or two on a GPU."""
     monkeypatch.setattr(turns, "TURN_S", 30.0)
     monkeypatch.setattr(turns, "AT_ONCE_S", 0.3)
     # These are 3 changes, and some more where a thread gets no core for long; with turns of one call each there are
@@ -236,7 +236,7 @@ def test_who_stayed_away_lets_go_at_once_the_next_time(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("_patient")
 def test_who_gave_the_turn_up_may_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one's beginning was in the way. Half of all turns ended after one call for that, the others after 28."""
+    """The next one's beginning was in the way. About half of all turns ended after one call for that."""
     program = _known(device=12)
     monkeypatch.setattr(turns, "TURN_S", 0.0)
     with program.turn(SHAPES):

@@ -1,4 +1,4 @@
-"""scripts/bench_turns.py: its table has all ways, of calls that stand for others and of a model's."""
+"""scripts/bench_turns.py: its table has all ways, of stand-ins and of a model's calls; and the one thread it tries."""
 
 from __future__ import annotations
 
@@ -52,15 +52,13 @@ def test_a_model_needs_a_folder() -> None:
 
 
 def test_one_thread_does_what_is_asked_for_at_once(one_thread: Any) -> None:
-    """In order, never two things at a time, and whoever asks gets what came of it."""
+    """Never two things at a time, and whoever asks gets what came of it."""
     one = one_thread.OneThread()
     busy: list[int] = []
-    by: set[int] = set()
 
     def work(number: int) -> int:
         busy.append(number)
         assert busy == [number]
-        by.add(threading.get_ident())
         time.sleep(1e-4)
         busy.remove(number)
         if number % 10 == 3:
