@@ -21,6 +21,7 @@ import torch
 
 from ..errors import CacheError
 from .atomic import checked_size, read_checked, write_checked
+from .host_thread import about_to_launch
 
 __all__ = ["ENVIRONMENT_VARIABLE", "JIT_FOLDER", "JitCacheFile", "resolve_cache_dir"]
 
@@ -109,6 +110,7 @@ class JitCacheFile:
 
     @contextmanager
     def _watched(self, path: Path, shapes: Hashable, serialize: Callable[[], bytes]) -> Iterator[None]:
+        about_to_launch()
         with self._lock:
             yield
             self._calls[shapes] = min(self._calls.get(shapes, 0) + 1, _CALLS_LOOKED_AT)

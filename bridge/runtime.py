@@ -22,11 +22,11 @@ from .cuda_driver import capture_of, wait_for_ends
 from .cuda_graphs import GraphCache
 from .graph_capture import Capturer
 from .graph_sets import GraphSets
+from .host_thread import HostCalls
 from .lanes import Lane, LaneMaker, LanePool
 from .program import EngineStep, Program
 from .runtime_options import RuntimeOptions
 from .runtime_steps import RunStep, StepRunner, capture_problem, engine_step, plugin_step, require_ops
-from .turns import HostTurns
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class RunningProgram:
         self._lanes = LanePool(self._make_lane, options.max_contexts)
         self._lanes.give(self._lanes.take())
         # Where the host waits for the device within a call, others go on meanwhile.
-        self._turns = HostTurns(device.index) if device.type == "cuda" and not problem else None
+        self._host = HostCalls(device.index) if device.type == "cuda" and not problem else None
         self._captured: dict[tuple[int, int], Lane] = {}  # by stream and capture of the caller
         self._overlap = options.overlaps(program.backend)
         self._count_lock = threading.Lock()
@@ -116,12 +116,12 @@ class RunningProgram:
             return outputs
         caller = torch.cuda.current_stream()
         if caller != torch.cuda.default_stream():
-            return self._run_in_lane(inputs)
+            return self._run_in_lane(inputs, caller)
         # TensorRT synchronizes when given the default stream, so the work goes to one of our own, with events.
         own = self._own_stream()
         own.wait_stream(caller)
         with torch.cuda.stream(own):
-            outputs = self._run_in_lane(inputs)
+            outputs = self._run_in_lane(inputs, own)
         caller.wait_stream(own)
         for tensor in inputs:
             tensor.record_stream(own)  # its memory must not be given away before our stream has read it
@@ -249,19 +249,28 @@ class RunningProgram:
 
     # Parts
 
-    def _run_in_lane(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _run_in_lane(
+        self, inputs: Sequence[torch.Tensor], stream: torch.cuda.Stream | None = None
+    ) -> list[torch.Tensor]:
+        """A plain call, on torch's current stream, which is `stream` where there is CUDA."""
         lane = self._lanes.take()
         try:
-            if lane.order is None:
-                return self._run(inputs, lane)
-            with nullcontext() if self._turns is None else self._turns.turn(tuple(t.shape for t in inputs)):
-                lane.order.enter()
-                try:
-                    return self._run(inputs, lane)
-                finally:
-                    lane.order.leave()
+            if self._host is None:
+                return self._run_in_order(inputs, lane)
+            # The lane is the caller's, whoever makes the call: so work of several threads overlaps on the device.
+            shapes = tuple(tensor.shape for tensor in inputs)
+            return self._host(shapes, lambda: self._run_in_order(inputs, lane), stream)
         finally:
             self._lanes.give(lane)
+
+    def _run_in_order(self, inputs: Sequence[torch.Tensor], lane: Lane) -> list[torch.Tensor]:
+        if lane.order is None:
+            return self._run(inputs, lane)
+        lane.order.enter()
+        try:
+            return self._run(inputs, lane)
+        finally:
+            lane.order.leave()
 
     def _run_in_capture(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run within the capture of a CUDA graph by the caller.

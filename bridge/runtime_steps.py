@@ -18,6 +18,7 @@ from .annotation import current_mark
 from .backends.base import Context, Engine
 from .dims import Range
 from .dtypes import to_torch
+from .host_thread import about_to_launch
 from .lanes import Lane
 from .plan import PluginCall
 from .program import EngineStep, Program
@@ -85,6 +86,7 @@ def plugin_step(step: PluginCall, device: torch.device, dims: Mapping[str, Range
             environment[name] if dtype is None else environment[name].to(dtype)
             for name, dtype in zip(step.inputs, dtypes, strict=True)
         ]
+        about_to_launch()
         try:
             with no_autocast():
                 results = call_op(op, step.call, tensors, device)

@@ -37,7 +37,7 @@ Record = dict[str, Any]
 
 PARTS: dict[str, tuple[str, ...]] = {
     "runtime": ("test_runtime.py",),
-    "calls": ("test_calls.py", "test_calls_memory.py", "test_beside_other_work.py"),
+    "calls": ("test_calls.py", "test_threads.py", "test_calls_memory.py", "test_beside_other_work.py"),
     "plugins": ("test_rtx_faults.py", "test_fallbacks.py", "test_shipped_ops.py", "test_plugin_models.py"),
     "authoring": ("test_authoring.py",),
     "host": ("test_plugin_host.py",),

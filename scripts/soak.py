@@ -30,6 +30,7 @@ from typing import Any
 
 import soak_actions
 import soak_failures
+import torch
 from soak_actions import Soak, WrongError, forget_workspaces, living, memory
 
 WARM_UP_S = 10.0
@@ -151,7 +152,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where the summary goes, too")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    faulthandler.enable()  # a library that ends the process says where it was called
+    faulthandler.enable()  # a library that ends the process says where it was called,
+    torch._C._set_print_stack_traces_on_fatal_signal(True)  # and where it was by then
     if options.child:
         soak_failures.save_for_ever(*map(Path, options.child))
         return 0

@@ -13,6 +13,7 @@ from ...errors import BackendError, ExecutionError, TrtBridgeError
 from ...plugins.tensorrt_v3 import PluginHost, plugin_host
 from ..cache import JitCacheFile
 from ..dtypes import to_torch
+from ..host_thread import about_to_launch
 from ..profiles import EngineProfiles
 from .base import Context, Engine
 from .flavour import Flavour, JitCache, tf32_environment
@@ -177,6 +178,7 @@ class _Context:
                 self._weights.bind(self._context)
                 self._has_weights = True
             self._weights.used_on(stream)
+        about_to_launch()
         if not self._context.execute_async_v3(stream.cuda_stream):
             self._fail(shapes)
         return [

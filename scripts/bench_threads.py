@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""How threads that call at once get on without CUDA graphs: each on its own, one at a time, and as the runtime does it.
+
+    python scripts/bench_threads.py                              stand-ins of calls, anywhere
+    python scripts/bench_threads.py --model resnet50 --work DIR  calls of a model of scripts/bench.py, converted in DIR
+
+Calls a second of all threads together, in many short rounds of all ways: what a host does in a second changes by a
+third from one second to the next. Of a model both on one module and on a module for each thread.
+`bridge/host_thread.py` says what the runtime does, and docs/runtime.md has what came out on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import bench_models as models
+import torch
+from bench_common import BACKEND, DRY_RUN, Example, Settings, program_file
+
+import trtbridge as tb
+from trtbridge.bridge import host_thread
+
+Call = Callable[[], Any]
+
+STAND_INS = {"like an engine": (1, 800_000), "like twelve plugins": (13, 100_000)}
+"""How often a call launches kernels, and how many bytes SHA-256 takes as long as that (some 400 and 50 us)."""
+_OUTSIDE, _AROUND = 7500, 300
+"""Rounds of a Python loop, some 80 and 3 us: what a caller does besides, and what a call does between two releases."""
+
+
+@contextmanager
+def _instead(call: Callable[[Call], Any]) -> Iterator[None]:
+    """Calls are made by this, in the thread that makes them."""
+
+    def made(self: host_thread.HostCalls, shapes: Hashable, work: Call, stream: Any = None) -> Any:
+        return call(work)
+
+    with mock.patch.object(host_thread.HostCalls, "__call__", made):
+        yield
+
+
+def _one_at_a_time() -> AbstractContextManager[None]:
+    lock = threading.Lock()  # whoever has it mostly gets it again
+
+    def call(work: Call) -> Any:
+        with lock:
+            return work()
+
+    return _instead(call)
+
+
+@contextmanager
+def _woken_at_the_end() -> Iterator[None]:
+    """Whoever asked goes on as soon as his call is over, not when the next one launches."""
+    run, tell = host_thread._Request.run, host_thread._Request.tell
+
+    def run_and_tell(self: host_thread._Request[Any]) -> None:
+        run(self)
+        tell(self)
+
+    def told(self: host_thread._Request[Any]) -> None:
+        pass
+
+    request = host_thread._Request
+    with mock.patch.object(request, "run", run_and_tell), mock.patch.object(request, "tell", told):
+        yield
+
+
+WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "each on its own": lambda: _instead(lambda work: work()),
+    "a lock": _one_at_a_time,
+    "woken at the end": _woken_at_the_end,
+    "as it is": nullcontext,
+}
+
+
+def stand_ins(threads: int, kind: str) -> list[Call]:
+    """Calls without a GPU, as programs of one device: hashlib lets go of Python's lock as launches do."""
+    launches, size = STAND_INS[kind]
+    short, long = b"x" * 6000, b"x" * size
+
+    def part() -> None:
+        for _ in range(_AROUND):
+            pass
+        hashlib.sha256(short).digest()
+
+    def work() -> None:
+        for _ in range(launches):
+            part()
+            part()
+            host_thread.about_to_launch()
+            hashlib.sha256(long).digest()
+        part()
+
+    def made() -> Call:
+        calls = host_thread.HostCalls(-1)
+
+        def call() -> None:
+            for _ in range(_OUTSIDE):
+                pass
+            calls((), work)
+
+        return call
+
+    return [made() for _ in range(threads)]
+
+
+def modules(model: str, settings: Settings) -> tuple[list[Call], list[Call]]:
+    """Calls of one module, and of a module each, on streams of their own, batch 1."""
+    if problem := models.convert_all([model], settings, 1, 600)[model]["error"]:
+        raise SystemExit(f"{model} is not converted: {problem}")
+    options = {"kernel_specialization": "eager"} if BACKEND == "tensorrt_rtx" else {}
+    module = tb.load(program_file(settings, model), models.here(), cuda_graphs=False, **options)
+    given = [models.example(model, settings, 1, seed) for seed in range(settings.threads)]
+
+    def call_of(one: tb.EngineModule, example: Example) -> Call:
+        stream = None if DRY_RUN else torch.cuda.Stream()
+
+        def call() -> None:
+            with torch.cuda.stream(stream):
+                one(*example.args, **example.kwargs)
+
+        return call
+
+    several = [module, *(copy.deepcopy(module) for _ in given[1:])]
+    return [call_of(module, one) for one in given], [call_of(*pair) for pair in zip(several, given, strict=True)]
+
+
+def rate(calls: Sequence[Call], count: int) -> tuple[float, float]:
+    """Calls a second of all of them, each in a thread of its own, and the longest call in seconds."""
+    each = count // len(calls)
+    ready = threading.Barrier(len(calls) + 1)
+    longest = [0.0] * len(calls)
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            calls[index]()
+        ready.wait()
+        for _ in range(each):
+            started = time.perf_counter()
+            calls[index]()
+            longest[index] = max(longest[index], time.perf_counter() - started)
+
+    crowd = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
+    for thread in crowd:
+        thread.start()
+    ready.wait()
+    started = time.perf_counter()
+    for thread in crowd:
+        thread.join()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return each * len(calls) / (time.perf_counter() - started), max(longest)
+
+
+def table(kinds: dict[str, Sequence[Call]], count: int, rounds: int) -> str:
+    """Medians of ways, as text; what is beside one thread, with its quartiles, is within a round of a way.
+
+    Args:
+        kinds: calls, one a thread; one thread makes the first of each kind, before the others do.
+        count: calls of each measurement.
+        rounds: measurements of each.
+    """
+    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for _ in range(rounds):
+        for way in WAYS:
+            with WAYS[way]():
+                for kind, calls in kinds.items():
+                    alone, _ = rate(calls[:1], count)
+                    found.setdefault((way, kind), []).append((alone, *rate(calls, count)))
+    lines = [f"{len(os.sched_getaffinity(0))} cores", ""]
+    lines += ["| calls | | one thread, calls a second | all of them | beside one thread | longest call, ms |"]
+    lines += ["|---|---|---:|---:|---:|---:|"]
+    for (way, kind), measured in found.items():
+        alone, together = (statistics.median(one[index] for one in measured) for index in (0, 1))
+        ratios = [one[1] / one[0] for one in measured]
+        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+        beside = f"{middle:.3f} ({low:.2f} to {high:.2f})"
+        longest = 1000 * max(one[2] for one in measured)
+        lines.append(f"| {way} | {kind} | {alone:.0f} | {together:.0f} | {beside} | {longest:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="one of scripts/bench.py; needs a GPU")
+    parser.add_argument("--work", type=Path, help="folder of converted models")
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--calls", type=int, default=480, help="of all threads together, each time")
+    parser.add_argument("--rounds", type=int, default=12)
+    options = parser.parse_args()
+    kinds: dict[str, Sequence[Call]] = {}
+    if options.model is None:
+        for kind in STAND_INS:
+            kinds[f"{options.threads} threads, {kind}"] = stand_ins(options.threads, kind)
+    else:
+        if options.work is None:
+            parser.error("--model needs --work DIR")
+        options.work.mkdir(parents=True, exist_ok=True)
+        one, several = modules(options.model, Settings(options.work, threads=options.threads))
+        kinds |= {f"{options.threads} threads, one module": one, f"{options.threads} threads, a module each": several}
+    print(table(kinds, options.calls, options.rounds))
+
+
+if __name__ == "__main__":
+    main()
