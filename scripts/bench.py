@@ -19,6 +19,7 @@ take 1 to 2 minutes with 8 workers:
     life      4    convert, from the cache, from a file, refit, 2 models
     beside   20    eager, eager in a CUDA graph, torch.compile, 20 models at batch 1 and 32; that is with --inductor
                    reduce-overhead; with "max-autotune" as well (the default) 60 or more, so in several sessions
+    sizes     5    an engine for one batch size, or with a profile for each, beside one for all, 20 models
     where     2    time by kinds of work, in the engine and in eager PyTorch, and by layers, 5 models
     lowerings 10   other ways to convert a model, each beside the usual one, 5 models at batch 1 and 32
     gpus      3    torchrun on one GPU and on two (a machine with two)
@@ -70,6 +71,7 @@ PARTS = (
     Part("threads", "bench_calls", "threads_wrong", "THREAD_MODELS"),
     Part("life", "bench_life", "life_wrong", "LIFE_MODELS"),
     Part("beside", "bench_beside", "wrong", ""),
+    Part("sizes", "bench_lowerings", "lowerings_wrong", "SIZE_MODELS"),
     Part("where", "bench_where", "where_wrong", "WHERE_MODELS"),
     Part("lowerings", "bench_lowerings", "lowerings_wrong", "LOWERING_MODELS"),
     Part("gpus", "bench_life", "gpus_wrong", ""),
@@ -116,7 +118,7 @@ def measure(part: str, unit: str, order: Path, out: Path) -> None:
     function = getattr(importlib.import_module(part_named(part).module), part)
     try:
         # These compile first, and then wait for their turn by themselves.
-        with nullcontext() if part in ("beside", "lowerings") else alone():
+        with nullcontext() if part in ("beside", "sizes", "lowerings") else alone():
             keep(function(unit, settings, keep))
     except Exception as error:  # the words are the finding
         traceback.print_exc()

@@ -1,6 +1,8 @@
-"""Part of scripts/bench.py: other ways to convert a model, each beside the usual one, where something else is faster.
+"""Parts of scripts/bench.py: other ways to convert a model, each beside the usual one.
 
-Each is a conversion of its own, called by `EngineModule.bind`, so that nothing but the engine is timed.
+For all models what it brings that sizes are known, as torch.compile knows them there; for those that something else is
+faster on, other lowerings. Each is a conversion of its own, called by `EngineModule.bind`, so that nothing but the
+engine is timed.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ from helpers import compare, leaves
 
 import trtbridge as tb
 
+SIZE_MODELS = models.BESIDE
 LOWERING_MODELS = ("unet", "resnet50", "convnext_tiny", "vit_base_patch16", "bert_base")
 BASE = "as usual"
+ONE_SIZE = "one size"
+PROFILES = "a profile for each size"
 GUARDS = "without guards"
 
 
@@ -35,6 +40,7 @@ class Lowering:
         words: what it is, for the page.
         options: of tb.convert, beside the usual ones.
         one_size: for the example's sizes alone.
+        profiles: a profile for each batch size that is measured.
         around: to be around the conversion.
         overlap: kernels of its graph may overlap.
         rtx: of TensorRT-RTX alone.
@@ -44,6 +50,7 @@ class Lowering:
     words: str
     options: Callable[[], Mapping[str, Any]] = dict
     one_size: bool = False
+    profiles: bool = False
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     overlap: bool | None = None
     rtx: bool = False
@@ -62,7 +69,8 @@ def _no_guards() -> Iterator[None]:
 
 LOWERINGS = {
     BASE: Lowering('`attention="auto"`, all sizes from batch 1 to 32 in one profile'),
-    "one size": Lowering("an engine for this batch alone", one_size=True),
+    ONE_SIZE: Lowering("an engine for this batch alone", one_size=True),
+    PROFILES: Lowering("one engine, `tb.Dim(profiles=[(1, 1, 1), (32, 32, 32)])` (docs/shapes.md)", profiles=True),
     "attention decomposed": Lowering("as products and a softmax", lambda: {"attention": "decomposed"}),
     "attention fused": Lowering("one node", lambda: {"attention": "fused"}),
     "all fusions": Lowering("norms, activations and rotary embeddings as one node, too (docs/passes.md)",
@@ -82,13 +90,23 @@ AT_ONCE = 4
 """Conversions at once: they trace one after the other and build side by side."""
 
 
+def sizes(model: str, settings: Settings, keep: Keep) -> list[Row]:
+    """What knowing the sizes brings, at batch 1 and the largest."""
+    return _measured(model, models.eager(model, settings), settings, keep, (BASE, ONE_SIZE, PROFILES))
+
+
 def lowerings(model: str, settings: Settings, keep: Keep) -> list[Row]:
     """Each way at batch 1 and the largest, in turns with the usual one."""
     eager = models.eager(model, settings)
     called = _ops_of(model, eager, settings)
-    ways = {way: lowering for way, lowering in LOWERINGS.items()
+    ways = [way for way, lowering in LOWERINGS.items()
             if not (lowering.rtx and BACKEND != "tensorrt_rtx")
-            and (not lowering.in_torch or lowering.in_torch in called)}  # fmt: skip
+            and (not lowering.in_torch or lowering.in_torch in called)]  # fmt: skip
+    return _measured(model, eager, settings, keep, ways)
+
+
+def _measured(model: str, eager: torch.nn.Module, settings: Settings, keep: Keep, names: Sequence[str]) -> list[Row]:
+    ways = {name: LOWERINGS[name] for name in names}
     made = _converted(model, eager, settings, ways)
     rows: list[Row] = []
     for batch in BATCHES:
@@ -147,6 +165,8 @@ def _convert(model: str, eager: torch.nn.Module, settings: Settings, lowering: L
         options["as_plugins"] = lowering.in_torch
     if not batch:
         options["dynamic_shapes"] = models.case_named(model).dynamic_shapes
+    if lowering.profiles:
+        options["dynamic_shapes"] = _with_profiles(options["dynamic_shapes"])
     given = models.example(model, settings, batch or BATCHES[0])
     with lowering.around():
         return tb.convert(
@@ -155,12 +175,21 @@ def _convert(model: str, eager: torch.nn.Module, settings: Settings, lowering: L
         )  # fmt: skip
 
 
+def _with_profiles(shapes: Mapping[str, Mapping[int, tb.Dim]]) -> dict[str, dict[int, tb.Dim]]:
+    """The same, with a profile for each batch size instead of a range."""
+    alone = tb.Dim("batch", profiles=[(batch, batch, batch) for batch in BATCHES])
+    return {
+        name: {axis: alone if dim.name == alone.name else dim for axis, dim in axes.items()}
+        for name, axes in shapes.items()
+    }
+
+
 def lowerings_wrong(rows: Sequence[Row]) -> list[str]:
     """Ways that fail or differ from eager."""
     found = []
     for row in rows:
         if row.get("error"):
-            found.append(f"lowerings, {row['unit']}, {row['way']}: {row['error']}")
+            found.append(f"{row['part']}, {row['unit']}, {row['way']}: {row['error']}")
         elif row.get("cosine", 1.0) < LEAST_COSINE:
-            found.append(f"lowerings, {row['unit']}, {row['way']}: cosine to eager {row['cosine']:.6f}")
+            found.append(f"{row['part']}, {row['unit']}, {row['way']}: cosine to eager {row['cosine']:.6f}")
     return found

@@ -13,6 +13,7 @@ _TITLES = {
     "floor": "A call beside the floor",
     "host": "What a call costs the host",
     "beside": "Beside PyTorch",
+    "sizes": "What it brings that sizes are known",
     "where": "Where the time goes",
     "lowerings": "Other lowerings",
     "shapes": "Many shapes",
@@ -40,7 +41,14 @@ _WORDS = {
         "replay of eager PyTorch in a CUDA graph, to be held against *bound*: neither copies anything. *inductor* is "
         "`torch.compile`, in the faster of its modes that were measured, all of which use CUDA graphs (A: "
         "`max-autotune`, R: `reduce-overhead`). eager / ours and inductor / ours above 1: ours is faster; **below 1 "
-        "the engine is slower**, in bold. Weights are random; cosine is that to eager in the same dtype."
+        "the engine is slower**, in bold. Weights are random; cosine is that to eager in the same dtype. *ours* takes "
+        "all batch sizes from 1 to 32, and torch.compile makes a program for each (`dynamic=False`): *inductor / one "
+        "size* is for an engine of one size, too, which is inductor / ours divided by what the next table has for it "
+        "(or the one of other lowerings, where that lacks the model)."
+    ),
+    "sizes": (
+        "Milliseconds of `module.bind(x)`, each way a conversion of its own, and in brackets as a multiple of the "
+        "usual one: below 1 it is faster."
     ),
     "where": (
         "Milliseconds a call by kinds of work: in the engine by its own profiler (`module.profile()`; what is fused "
@@ -105,7 +113,8 @@ def page(record: Record, problems: Sequence[str], picture: str) -> str:
         lines += ["", f"## {title}", "", _WORDS[part], ""]
         if part == "beside" and picture:
             lines += [f"![Times beside PyTorch]({picture})", ""]
-        lines += [*_TABLES[part](good), ""] if good else []
+        table = _beside(good, one_size(record)) if part == "beside" else _TABLES[part](good)
+        lines += [*table, ""] if good else []
         lines += [
             f"- {row['unit']}, {row['way'] or 'all'}: left out: {row['skipped']}" for row in rows if row.get("skipped")
         ]
@@ -188,38 +197,50 @@ def fastest_inductor(ways: Mapping[str, Row]) -> tuple[str, Row | None]:
     return name.split()[-1][0].replace("m", "A").replace("r", "R"), row
 
 
-def _beside(rows: Sequence[Row]) -> list[str]:
+def one_size(record: Record) -> dict[str, float]:
+    """By model and batch: the time of an engine for that size, as a multiple of one for all sizes."""
+    found: dict[str, float] = {}
+    for part in ("lowerings", "sizes"):  # the last word wins
+        for row in record["rows"]:
+            if row["part"] == part and row.get("lowering") == "one size" and "ratio" in row:
+                found[f"{row['unit']} {row['batch']}"] = row["ratio"]
+    return found
+
+
+def _beside(rows: Sequence[Row], alone: Mapping[str, float]) -> list[str]:
     lines = []
+    beside: dict[str, list[float]] = {"the engine": [], "the engine of one size": []}
     for unit, ways in _by_unit(rows).items():
         model, batch = unit.rsplit(" ", 1)
         letter, inductor = fastest_inductor(ways)
-        ratios = []
-        for other in (ways.get("eager"), inductor):
-            both = other is not None and "ratio" in other
-            text = f"{other['ratio']:.2f}" if both else "–"  # type: ignore[index]
-            ratios.append(f"**{text}**" if both and other["ratio"] < 1 else text)  # type: ignore[index]
+        eager = ways.get("eager", {}).get("ratio")
+        ours = None if inductor is None else inductor.get("ratio")
+        for_size = ours / alone[unit] if ours and unit in alone else None
+        for kind, ratio in zip(beside, (ours, for_size), strict=True):
+            beside[kind] += [ratio] if ratio else []
         cosine = ways.get("graph", {}).get("cosine")
         times = [_ms(ways.get(way)) for way in ("graph", "bound", "plain", "eager", "eager graph")]
         lines.append([model, batch, *times,
-                      f"{_ms(inductor)} {letter}".strip(), _ms(ways.get("torch_tensorrt")), *ratios,
+                      f"{_ms(inductor)} {letter}".strip(), _ms(ways.get("torch_tensorrt")),
+                      *(_multiple(ratio) for ratio in (eager, ours, for_size)),
                       f"{cosine:.6f}" if cosine is not None else "–"])  # fmt: skip
     head = ["model", "batch", "ours", "bound", "plain", "eager", "eager graph", "inductor", "Torch-TensorRT",
-            "eager / ours", "inductor / ours", "cosine"]  # fmt: skip
+            "eager / ours", "inductor / ours", "inductor / one size", "cosine"]  # fmt: skip
     table = _table(head, lines)
-    ratios_of = [
-        row["ratio"]
-        for ways in _by_unit(rows).values()
-        for row in [fastest_inductor(ways)[1]]
-        if row and "ratio" in row
-    ]
-    if ratios_of:
-        slower = sum(ratio < 1 for ratio in ratios_of)
-        middle = sorted(ratios_of)[len(ratios_of) // 2]
-        table += [
-            "",
-            f"Of {len(ratios_of)} pairs the engine is slower than inductor in {slower}; median ratio {middle:.2f}.",
-        ]
+    for kind, ratios in beside.items():
+        if ratios:
+            slower, middle = sum(ratio < 1 for ratio in ratios), sorted(ratios)[len(ratios) // 2]
+            table += [
+                "",
+                f"Of {len(ratios)} pairs {kind} is slower than inductor in {slower}; median ratio {middle:.2f}.",
+            ]
     return table
+
+
+def _multiple(ratio: float | None) -> str:
+    if ratio is None:
+        return "–"
+    return f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.2f}"
 
 
 def _where(rows: Sequence[Row]) -> list[str]:
@@ -306,7 +327,7 @@ def _gpus(rows: Sequence[Row]) -> list[str]:
 
 
 _TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
-    "floor": _floor, "host": _host, "beside": _beside, "where": _where, "lowerings": _lowerings, "shapes": _shapes,
+    "floor": _floor, "host": _host, "sizes": _lowerings, "where": _where, "lowerings": _lowerings, "shapes": _shapes,
     "threads": _threads, "life": _life, "gpus": _gpus,
 }  # fmt: skip
 

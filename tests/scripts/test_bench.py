@@ -72,8 +72,9 @@ def test_every_part(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["made"]["twelve_plugins"]["error"] == ""
     assert record["made"]["twelve_plugins"]["plugins"] == 12
-    rows = {part: {row["way"]: row for row in record["rows"] if row["part"] == part} for part in
-            ("floor", "host", "shapes", "threads", "life", "beside", "where", "lowerings", "gpus")}  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {}
+    for row in record["rows"]:
+        rows.setdefault(row["part"], {})[row["way"]] = row
     assert list(rows["floor"]) == ["floor", "floor, overlapped", "plain", "graph", "reused", "bound", "overlapped"]
     assert rows["floor"]["floor"]["cosine"] > 0.99999, "the floor computes what a call does"
     assert all(row["ratio"] > 0 for way, row in rows["floor"].items() if not way.startswith("floor"))
@@ -92,9 +93,11 @@ def test_every_part(tmp_path: Path) -> None:
     assert slowest == sorted(slowest, key=lambda layer: -layer["ms"])
     assert rows["where"]["products 4"]["ours_ms"] > 0 < rows["where"]["products 4"]["eager_ms"]
     assert rows["where"]["attention 1"]["eager_ms"] == 0, "a linear layer has none"
-    others = ("as usual", "one size", "attention decomposed", "attention fused", "all fusions")
-    assert list(rows["lowerings"]) == [f"{way} {batch}" for batch in (1, 4) for way in others]
-    assert all(row["ms"] > 0 and row["ratio"] > 0 and not row["error"] for row in rows["lowerings"].values())
+    sizes = ("as usual", "one size", "a profile for each size")
+    others = (*sizes, "attention decomposed", "attention fused", "all fusions")
+    for part, ways in (("sizes", sizes), ("lowerings", others)):
+        assert list(rows[part]) == [f"{way} {batch}" for batch in (1, 4) for way in ways]
+        assert all(row["ms"] > 0 and row["ratio"] > 0 and not row["error"] for row in rows[part].values())
     for part in rows.values():
         for row in part.values():
             assert row.get("cosine", 1.0) > 0.9999, row
@@ -238,6 +241,8 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
     rows += [{"part": "where", "unit": "gpt2", "way": "slowest 1", "batch": 1, "of": 9, "layers": layers}]
     rows += [{"part": "lowerings", "unit": "gpt2", "way": f"{way} 1", "lowering": way, "words": "so", "batch": 1,
               "error": "", "ms": ms, "ratio": ms} for way, ms in (("as usual", 1.0), ("one size", 0.9))]  # fmt: skip
+    rows += [{"part": "sizes", "unit": "resnet50", "way": f"{way} 1", "lowering": way, "words": "so", "batch": 1,
+              "error": "", "ms": ms, "ratio": ms} for way, ms in (("as usual", 1.0), ("one size", 0.5))]  # fmt: skip
     rows += [{"part": "gpus", "unit": "two GPUs", "way": "two GPUs", "skipped": "1 GPU here"}]
     record, out = tmp_path / "record.json", tmp_path / "page.md"
     record.write_text(json.dumps(record_of(rows)))
@@ -247,8 +252,12 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
     text = out.read_text()
     assert "- today, a GPU; float16; torch 2; sources `abc`" in text
     assert "| net | 1.0000 | – | – | – | – | 1.0100 (1.010) |" in text
-    assert "| resnet50 | 1 | 1.0000 | 0.9000 | – | 3.0000 | – | 0.8000 A | – | 3.00 | **0.80** | 0.999900 |" in text
+    assert (
+        "| resnet50 | 1 | 1.0000 | 0.9000 | – | 3.0000 | – | 0.8000 A | – | 3.00 | **0.80** | 1.60 | 0.999900 |" in text
+    )
     assert "Of 1 pairs the engine is slower than inductor in 1; median ratio 0.80." in text
+    assert "Of 1 pairs the engine of one size is slower than inductor in 0; median ratio 1.60." in text
+    assert "| resnet50 | 1 | 1.0000 (1.000) | 0.5000 (0.500) |" in text
     assert "- gpt2 1: failed: did not convert: BuildError" in text
     assert "- two GPUs, two GPUs: left out: 1 GPU here" in text
     assert "## Many shapes\n\nNot measured." in text
