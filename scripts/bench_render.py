@@ -113,8 +113,8 @@ def page(record: Record, problems: Sequence[str], picture: str) -> str:
         lines += ["", f"## {title}", "", _WORDS[part], ""]
         if part == "beside" and picture:
             lines += [f"![Times beside PyTorch]({picture})", ""]
-        table = _beside(good, one_size(record)) if part == "beside" else _TABLES[part](good)
-        lines += [*table, ""] if good else []
+        if good:
+            lines += [*(_beside(good, one_size(record)) if part == "beside" else _TABLES[part](good)), ""]
         lines += [
             f"- {row['unit']}, {row['way'] or 'all'}: left out: {row['skipped']}" for row in rows if row.get("skipped")
         ]

@@ -25,13 +25,20 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import soak_actions
 import soak_failures
 import torch
 from soak_actions import Soak, WrongError, forget_workspaces, living, memory
+
+from trtbridge.bridge import host_thread
+from trtbridge.bridge.host_thread import HostCalls
+from trtbridge.bridge.runtime import RunningProgram
 
 WARM_UP_S = 10.0
 """Before memory is looked at for the first time."""
@@ -112,13 +119,15 @@ def run(minutes: float, threads: int, seed: int, work: Path) -> dict[str, Any]:
         "endings": tally, "wrong": soak.wrong, "unexpected": soak.unexpected, "litter": leftovers,
         "memory_before": before, "memory_after": after, "memory_collected": collected, "memory_dropped": memory(),
         "memory": samples, "shared": shared, "left": left, "notes": soak.notes,
+        "handed_over": sum(thread.handed_over for thread in host_thread._threads.values()),
     }  # fmt: skip
 
 
 def render(found: dict[str, Any]) -> str:
     """The summary as text."""
     lines = [f"{found['calls']} calls compared with eager in {found['seconds']:.0f} s by {found['threads']} threads, "
-             f"{found['backend']}", "", "what was done, and how it ended:"]  # fmt: skip
+             f"{found['backend']}; {found['handed_over']} calls were handed over", "",
+             "what was done, and how it ended:"]  # fmt: skip
     for name, outcomes in found["endings"].items():
         lines.append(f"  {name}: " + ", ".join(f"{outcome} {count}" for outcome, count in outcomes.items()))
     lines += [f"  {note}" for note in found["notes"]]
@@ -143,12 +152,36 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def handing_over(when: str) -> Iterator[None]:
+    """Calls that come at once are made by one thread: where that is so by itself, never, or on a CPU, too."""
+    load = RunningProgram.__init__
+
+    def load_and_share(self: RunningProgram, *args: Any, **options: Any) -> None:
+        load(self, *args, **options)
+        self._host = self._host or HostCalls(0)
+
+    def call(self: HostCalls, shapes: object, work: Callable[[], Any], stream: object = None) -> Any:
+        return work()
+
+    with ExitStack() as stack:
+        if when == "never":
+            stack.enter_context(mock.patch.object(HostCalls, "__call__", call))
+        if when == "always":
+            stack.enter_context(mock.patch.object(RunningProgram, "__init__", load_and_share))
+        yield
+
+
 def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--handing-over", choices=["auto", "never", "always"], default="auto",
+        help="calls that come at once are made by one thread (bridge/host_thread.py): on CUDA, never, on a CPU, too",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="where the summary goes, too")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -157,7 +190,7 @@ def main() -> int:
     if options.child:
         soak_failures.save_for_ever(*map(Path, options.child))
         return 0
-    with tempfile.TemporaryDirectory(prefix="trtbridge-soak-") as folder:
+    with handing_over(options.handing_over), tempfile.TemporaryDirectory(prefix="trtbridge-soak-") as folder:
         found = run(options.minutes, options.threads, options.seed, Path(folder))
     print(render(found), flush=True)
     if options.json:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,9 +31,11 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Any:
         sys.modules.pop(name, None)
 
 
-def test_a_few_seconds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("handing_over", ["always", "never"])
+def test_a_few_seconds(handing_over: str, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(SCRIPTS / "soak.py"), "--minutes", "0.05", "--threads", "2"]
+    command += ["--handing-over", handing_over]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "found.json")],
         capture_output=True, text=True, env=environment, check=False, timeout=500,
@@ -40,9 +43,30 @@ def test_a_few_seconds(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["wrong"] == found["unexpected"] == [], done.stdout + done.stderr
     assert found["calls"] > 0
+    assert found["handed_over"] == 0 or handing_over == "always"
     assert found["left"] == 0, "modules are freed without the garbage collector"
     assert done.returncode == int(bool(found["litter"]))
     assert "wrong results: 0" in done.stdout
+
+
+@pytest.mark.parametrize(("when", "handed"), [("auto", False), ("always", True), ("never", False)])
+def test_handing_over(when: str, handed: bool, soak: Any) -> None:
+    import soak as script
+
+    from trtbridge.bridge.host_thread import HostCalls
+
+    calls = HostCalls(107)
+    calls((), lambda: None)
+    with script.handing_over(when):
+        module = soak.load(soak.file, Random(0))
+        soak.check(module, Random(0))
+        assert (module._running._host is not None) is handed
+        # As if somebody else were at it.
+        calls.thread._runner = threading.get_ident() + 1
+        calls.thread._busy = True
+        threading.Timer(0.1, calls.thread._begin.release).start()
+        other = calls((), threading.get_ident)
+    assert (other == threading.get_ident()) is (when == "never")
 
 
 def test_every_failure_ends_as_it_should(soak: Any) -> None:
