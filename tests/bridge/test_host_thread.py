@@ -269,7 +269,7 @@ def test_a_result_is_told_where_the_next_call_launches(monkeypatch: pytest.Monke
     assert two.first.is_alive()
     two.finish()
 
-    monkeypatch.setattr(host_thread, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(host_thread, "PATIENCE_S", 1.0)
     two = _Two(one, lambda wait: wait())
     two.first.join(10)
     assert not two.first.is_alive()
