@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,22 +206,23 @@ def test_nothing_of_a_call_is_kept_behind_it() -> None:
     """Memory of a device would be."""
     one = HostThread()
 
-    class Made:
-        pass
-
-    def work(given: Made) -> Made:
+    def work(given: _Made) -> _Made:
         assert given
-        return Made()
+        return _Made()
 
     gc.disable()  # nothing leads in a circle
     try:
-        given = Made()
+        given = _Made()
         result = _handed(one, lambda: work(given))  # noqa: F821
         seen = weakref.ref(given), weakref.ref(result)
         del given, result
         assert [each() for each in seen] == [None, None]
     finally:
         gc.enable()
+
+
+class _Made:
+    """Anything that can be referred to weakly."""
 
 
 class _Two:
@@ -234,7 +236,11 @@ class _Two:
             began.set()
             self.end.wait(30)
 
-        self.first = threading.Thread(target=one.call, args=(lambda: None,))
+        held = _Made()
+        self.held = weakref.ref(held)
+        """What the first call holds."""
+        self.first = threading.Thread(target=one.call, args=(partial(id, held),))
+        del held
         self.second = threading.Thread(target=one.call, args=(lambda: second(wait),))
         with _busy(one):
             for number, thread in enumerate((self.first, self.second), 1):
@@ -273,6 +279,7 @@ def test_a_result_is_told_where_the_next_call_launches(monkeypatch: pytest.Monke
     two = _Two(one, lambda wait: wait())
     two.first.join(10)
     assert not two.first.is_alive()
+    assert two.held() is None
     two.finish()
 
 
