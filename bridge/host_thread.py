@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from contextvars import Context, copy_context
+from queue import SimpleQueue
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -33,13 +34,13 @@ class _Request(Generic[T]):
     """Something to do with what the asking thread has set, and what came of it."""
 
     def __init__(self, work: Callable[[], T], stream: torch.cuda.Stream | None) -> None:
-        self._work: Callable[[], T] | None = work
+        self._work: Callable[[], T] | None = work  # None when it was done
         self._stream = stream
         self._context: Context = copy_context()
         self._inference = torch.is_inference_mode_enabled()
         self._result: T | None = None
         self._error: BaseException | None = None
-        self.is_over = False
+        self.is_settled = False  # nobody is at it, nor will be
         self.told = threading.Lock()  # released by `tell`
         self.told.acquire()
 
@@ -47,18 +48,17 @@ class _Request(Generic[T]):
         """Do it in this thread; once."""
         try:
             with torch.inference_mode() if self._inference else nullcontext(), torch.cuda.stream(self._stream):
-                self._result = self._context.run(self.here)
+                self._result = self._context.run(self._do)
         except BaseException as error:  # whatever it is, it is for whoever asked
             self._error = error
         self._work = None  # what it holds goes with the thread that asked
-        self.is_over = True
+        self.is_settled = True
 
     def tell(self) -> None:
         """Wake whoever asked for it; once."""
         self.told.release()
 
-    def here(self) -> T:
-        """Do it with what this thread has set."""
+    def _do(self) -> T:
         assert self._work is not None
         return self._work()
 
@@ -91,7 +91,7 @@ class HostThread:
         self._busy = False
         self._runner = 0  # thread that is at it
         self._queue: deque[_Request[object]] = deque()
-        self._begin = threading.Semaphore(0)
+        self._begin: SimpleQueue[None] = SimpleQueue()  # something in it: the thread's time has come
         self._thread: threading.Thread | None = None
         self._last: _Request[object] | None = None  # is over, and whoever asked was not told
 
@@ -110,46 +110,36 @@ class HostThread:
         if self._runner == me:
             return work()
         request: _Request[T] | None = None
-        with self._guard:
-            if self._busy:
-                request = self._ask(work, stream)
-            else:
-                self._busy, self._runner = True, me
-        if request is not None:
-            return self._result(request)
         try:
-            return work()
-        finally:
             with self._guard:
-                self._runner = 0
-                self._busy = bool(self._queue)
                 if self._busy:
-                    self._begin.release()
+                    request = _Request(work, stream)
+                    self._queue.append(cast("_Request[object]", request))
+                    self._start()
+                else:
+                    self._busy, self._runner = True, me
+            if request is None:
+                return work()
+            while not request.is_settled:
+                if not request.told.acquire(timeout=PATIENCE_S) and self._withdraw(request):
+                    return work()
+            return request.result()
+        finally:  # an interrupt, as by Ctrl-C, may come anywhere above
+            if self._runner == me:
+                with self._guard:
+                    self._runner = 0
+                    if self._queue:
+                        self._begin.put(None)
+                    else:
+                        self._busy = False
+            elif request is not None:
+                while not (request.is_settled or self._withdraw(request)):
+                    request.told.acquire(timeout=0.1)  # what the caller may take away is in use
 
-    def _ask(self, work: Callable[[], T], stream: torch.cuda.Stream | None) -> _Request[T]:
-        request = _Request(work, stream)
-        self._queue.append(cast("_Request[object]", request))
+    def _start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
             self._thread.start()
-        return request
-
-    def _result(self, request: _Request[T]) -> T:
-        if not self._wait(request) and self._withdraw(request):
-            return request.here()
-        while not request.is_over:
-            self._wait(request)
-        return request.result()
-
-    def _wait(self, request: _Request[T]) -> bool:
-        """Whether one was told, within the patience that one has, that it is done."""
-        try:
-            return request.told.acquire(timeout=PATIENCE_S)
-        except BaseException:  # Ctrl-C: what is under way must not outlive those who asked for it
-            if not self._withdraw(request):
-                while not request.is_over:
-                    request.told.acquire(timeout=0.1)
-            raise
 
     def _withdraw(self, request: _Request[T]) -> bool:
         """Whether nobody is at it yet; then nobody will be."""
@@ -158,13 +148,14 @@ class HostThread:
                 self._queue.remove(cast("_Request[object]", request))
             except ValueError:
                 return False
+            request.is_settled = True
             return True
 
     def _serve(self) -> None:
         _serving.thread = self
         me = threading.get_ident()
         while True:
-            self._begin.acquire()
+            self._begin.get()
             while True:
                 with self._guard:
                     request = self._queue.popleft() if self._queue else None

@@ -233,6 +233,7 @@ def main() -> int:
         measure(options.unit[0], options.unit[1], Path(options.unit[2]), Path(options.unit[3]))
         return 0
     if options.render:
+        import bench_picture
         import bench_render
 
         records = [read(path) for path in options.render]
@@ -240,7 +241,9 @@ def main() -> int:
             parser.error(f"{options.render[records.index(None)]} is no record")
         record = merge(records)
         problems = wrong(record)
-        bench_render.write_page(record, problems, options.out)
+        picture = options.out.with_suffix(".png")
+        drawn = bench_picture.draw(record, picture)
+        options.out.write_text(bench_render.page(record, problems, picture.name if drawn else ""))
         return int(bool(problems))
     options.parts = options.parts.split(",")
     if unknown := set(options.parts) - {part.name for part in PARTS}:

@@ -70,7 +70,7 @@ def _no_guards() -> Iterator[None]:
 LOWERINGS = {
     BASE: Lowering('`attention="auto"`, all sizes from batch 1 to 32 in one profile'),
     ONE_SIZE: Lowering("an engine for this batch alone", one_size=True),
-    PROFILES: Lowering("one engine, `tb.Dim(profiles=[(1, 1, 1), (32, 32, 32)])` (docs/shapes.md)", profiles=True),
+    PROFILES: Lowering("one engine with a `tb.Dim` whose profiles are single sizes (docs/shapes.md)", profiles=True),
     "attention decomposed": Lowering("as products and a softmax", lambda: {"attention": "decomposed"}),
     "attention fused": Lowering("one node", lambda: {"attention": "fused"}),
     "all fusions": Lowering("norms, activations and rotary embeddings as one node, too (docs/passes.md)",

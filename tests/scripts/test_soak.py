@@ -64,7 +64,7 @@ def test_handing_over(when: str, handed: bool, soak: Any) -> None:
         # As if somebody else were at it.
         calls.thread._runner = threading.get_ident() + 1
         calls.thread._busy = True
-        calls.thread._begin.release()
+        calls.thread._begin.put(None)
         other = calls((), threading.get_ident)
     assert (other == threading.get_ident()) is (when == "never")
 
