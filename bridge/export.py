@@ -14,6 +14,7 @@ import torch
 from ..errors import ExportError, PluginError
 from ..nodes import DOMAIN, REASON_KEY
 from ..passes.parameters import set_parameter_names
+from ..plugins import torch_note
 from .arguments import Arguments, collect
 from .corrected_translations import corrected_translations, restore_output_types
 from .dims import Range, Size
@@ -135,7 +136,9 @@ class ExportedModule:
         except ExportError:
             raise
         except Exception as error:
-            more = self._possible(self.alike(blamed_calls(error, grafted, self.opset, decomposed)), plugins)
+            more = {}
+            if not torch_note.is_lost(error):  # of that no call is to blame
+                more = self._possible(self.alike(blamed_calls(error, grafted, self.opset, decomposed)), plugins)
             if not more:
                 raise ExportError(_translation_message(error, self.name)) from error
             return None, more

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
+from ..plugins import torch_note
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -25,12 +27,19 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
     """A function that traces, exports or decomposes with torch: of several threads one after the other runs it.
 
     Conversions in threads wait for one another so. Other calls of torch modules need the caller's care: torch.export
-    gives the module that it traces other parameters meanwhile, and replaces torch.nn.Module.__call__.
+    gives the module that it traces other parameters meanwhile, and replaces torch.nn.Module.__call__. Calls of custom
+    ops go on, and may make torch fail here (plugins/torch_note.py): then it runs again.
     """
 
     @functools.wraps(function)
     def locked(*args: P.args, **kwargs: P.kwargs) -> T:
         with _lock:
+            for _ in range(torch_note.TRIES):
+                try:
+                    return function(*args, **kwargs)
+                except Exception as error:
+                    if not torch_note.is_lost(error):
+                        raise
             return function(*args, **kwargs)
 
     return locked

@@ -14,6 +14,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.overrides import get_ignored_functions, resolve_name
 
 from ..errors import PluginError
+from . import torch_note
 from .calls import decode, flatten_results, written_inputs
 from .shipped import load_shipped
 
@@ -21,7 +22,6 @@ _HOMES = {"onnx_node": "onnx_node", "run_program": "program"}
 """The module of this package that registers an op of the namespace ``trtbridge``, beside those that ship for users."""
 
 _TORCH_RACES = torch.__version__ < "2.13"
-_TRIES = 5
 _one_at_a_time = threading.RLock()
 
 PYTHON = "python"
@@ -74,22 +74,9 @@ def stays_out_of_graphs(name: str) -> bool:
 
 
 def _in_turn(op: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """Before 2.13 torch notes in one dict for all threads that it runs an op of `torch.library.custom_op`, and takes
-    the note out again: two at once end in a KeyError of 'custom'.
-    """
+    """Before 2.13 torch loses its note (torch_note.py) wherever two ops of `torch.library.custom_op` run at once."""
     is_custom = isinstance(op, torch._ops.OpOverload) and op._schema.name in OPDEFS
     return _one_at_a_time if _TORCH_RACES and is_custom else nullcontext()
-
-
-def _is_torchs_note(error: KeyError) -> bool:
-    """Whether that note was missing: somebody else's op ran in another thread, which does not wait for ours.
-
-    From 2.13 on torch makes the note only while something is exported, in whatever thread.
-    """
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return error.args == ("custom",) and last is not None and last.tb_frame.f_code.co_name == "annotate"
 
 
 def call_op(
@@ -106,11 +93,11 @@ def call_op(
     Returns:
         The output tensors, flat (`flatten_results`).
     """
-    for _ in range(_TRIES):
+    for _ in range(torch_note.TRIES):
         try:
             return _call_once(op, template, tensors, device)
         except KeyError as error:
-            if not _is_torchs_note(error):
+            if not torch_note.is_lost(error):
                 raise
     return _call_once(op, template, tensors, device)
 

@@ -228,6 +228,12 @@ class JitCache:
             self._cache.deserialize(blob)
         self._config.set_runtime_cache(self._cache)
 
+    def __del__(self) -> None:
+        # What makes a thing must outlive it, and the bindings do not see to that here: left to Python the engine would
+        # be the first to go. The contexts, of which each has this object, are gone.
+        for name in ("_cache", "_config"):
+            vars(self).pop(name, None)
+
     def create_context(self, user_managed: bool) -> trt.IExecutionContext | None:
         """An execution context; None where there is no memory for it.
 

@@ -66,6 +66,9 @@ class _Loaded:
             )
         self.context: trt.IExecutionContext = made
 
+    def __del__(self) -> None:
+        vars(self).pop("context", None)  # ahead of what it was made with
+
     def give_weights(self, engine: Engine) -> DeviceWeights | None:
         """Bind the weights of an engine that has them as inputs; they must live as long as the context runs."""
         if TABLE_PART not in engine.parts:

@@ -150,6 +150,9 @@ class _Context:
         self._weights = weights
         self._has_weights = weights is None
 
+    def __del__(self) -> None:
+        vars(self).pop("_context", None)  # ahead of what it was made with
+
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         tensors = [t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in inputs]
         shapes = tuple(tensor.shape for tensor in tensors)
