@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -114,7 +116,8 @@ class Capturer:
         self._lanes = lanes
         self._has_workspace = False  # made with the first graph; `order` has it
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._in_pool: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._own = own_stream(device)
         self._spare: list[Lane] = []  # of graphs that are gone: contexts that have their kernels
 
@@ -180,12 +183,15 @@ class Capturer:
     ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
         """Capture a call as a graph, and what it returns; `keep` for one that the driver can be asked about."""
         graph = torch.cuda.CUDAGraph(keep_graph=keep)
+        if not self._in_pool:  # torch does not take up a pool again whose graphs are all gone
+            self._pool = torch.cuda.graph_pool_handle()
         try:
             with capturing(graph, self._device, self._pool, self._own.stream):
                 outputs = run()
         except BaseException:
-            self._pool, self._own = torch.cuda.graph_pool_handle(), own_stream(self._device)
+            self._in_pool, self._own = weakref.WeakSet(), own_stream(self._device)
             raise
+        self._in_pool.add(graph)
         if not self._overlap:
             logger.debug("%d kernels of a CUDA graph wait for the one ahead", wait_for_ends(graph.raw_cuda_graph()))
         if keep:

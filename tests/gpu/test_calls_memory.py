@@ -107,3 +107,16 @@ def test_a_module_may_go_right_after_a_call(make: Make, eager: Net, cuda: torch.
     side.synchronize()
     assert all(bool(tensor.isnan().all()) for tensor in noise), "nothing of it writes any more"
     close(result, eager, given)
+
+
+def test_graphs_come_again_after_all_are_gone(make: Make, eager: Net, cuda: torch.device) -> None:
+    """torch takes no memory pool up again whose graphs are all gone."""
+    module = make(cuda_graphs=True)
+    given = arguments(4, cuda)
+    for turn in range(1, 4):
+        call = module.bind(*given)
+        for _ in range(2):
+            close(call(), eager, given)
+        assert module.stats().graph_captures == turn
+        assert module.stats().graph_replays == 2 * turn
+        del call
