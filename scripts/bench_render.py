@@ -68,7 +68,9 @@ _WORDS = {
         "Calls a second, all threads together, each on a stream of its own, batch 1; the number of calls is the same. "
         "Cosine is the least of a round in which every result is compared with eager; *other bits*: results that are "
         "not bit by bit what the module gives alone. Replays of one module take turns on the device; with "
-        "*parallel_replays* it has as many sets of graphs as there are threads."
+        "*parallel_replays* it has as many sets of graphs as there are threads. *Own modules*: one for each thread; "
+        "ahead of them one thread that calls these modules in turn, which costs it more than one module does, and in "
+        "brackets how many times as many calls they make."
     ),
     "life": (
         "Seconds until there is a module, and of its first call; size of the engines. Each alone on the machine. "
@@ -296,8 +298,11 @@ def _shapes(rows: Sequence[Row]) -> list[str]:
 
 
 def _threads(rows: Sequence[Row]) -> list[str]:
+    def beside(row: Row) -> str:
+        return f"{row['ratio']:.3f}" + (f" ({row['beside_in_turn']:.3f})" if "beside_in_turn" in row else "")
+
     lines = [[row["unit"], str(row["cuda_graphs"]), row["way"], str(row["threads"]), f"{row['calls_per_s']:.0f}",
-              f"{row['ratio']:.3f}", f"{row['cosine']:.6f}", f"{100 * row['differ']:.2f} %" if "differ" in row else ""]
+              beside(row), f"{row['cosine']:.6f}", f"{100 * row['differ']:.2f} %" if "differ" in row else ""]
              for row in rows]  # fmt: skip
     head = ["model", "cuda_graphs", "", "threads", "calls a second", "beside one thread", "cosine", "other bits"]
     return _table(head, lines)

@@ -82,7 +82,8 @@ def test_every_part(tmp_path: Path) -> None:
     assert rows["shapes"]["in turn"]["captures"] == [0] * 4
     assert rows["shapes"]["random"]["calls"] == 20
     assert len(rows["shapes"]["random"]["samples"]) == 20
-    assert set(rows["threads"]) == {"one thread", "one module", "own modules"}
+    assert set(rows["threads"]) == {"one thread", "one module", "one thread, own modules", "own modules"}
+    assert rows["threads"]["own modules"]["beside_in_turn"] > 0
     assert {"convert", "load", "cache", "refit"} <= set(rows["life"])
     assert {"plain", "graph", "bound", "eager", "eager graph", "inductor reduce-overhead"} <= set(rows["beside"])
     assert not any(row["error"] for row in rows["beside"].values())
@@ -218,6 +219,11 @@ def test_what_is_out_of_bounds(bench: ModuleType) -> None:
         "threads, net, one module, cuda_graphs=True: 0.50 % of the results are not what the module gives alone"
     ]
     assert problems({**crowd, "ratio": 1.0, "differ": 0.005, "cuda_graphs": "True, overlapped"}) == []
+    assert problems({**crowd, "way": "one thread, own modules"}) == [], "what others are held against"
+    assert problems({**crowd, "way": "own modules", "beside_in_turn": 1.0}) == []
+    assert problems({**crowd, "way": "own modules", "ratio": 1.0, "beside_in_turn": 0.5}) == [
+        "threads, net, own modules, cuda_graphs=True: 0.500 of one thread's throughput"
+    ]
     refit = {"part": "life", "unit": "net", "way": "refit", "cosine": 1.0, "ratio": 0.2}
     assert problems(refit) == ["life, net: a refit takes 0.200 of a full convert"]
     left_out = {"part": "life", "unit": "net", "way": "refit", "skipped": "no refit"}
