@@ -1,6 +1,7 @@
 """A long mix of everything that a converted module lives through, with deliberate failures: nothing may come out wrong.
 
     python scripts/soak.py [--minutes 10] [--threads 4] [--json FILE]
+    python scripts/soak.py --load '{"cuda_graphs": false}' --captures-alone --handing-over never    to find a cause
 
 Threads call shared modules with shapes at random, bind, copy, save, load and (where the package can) refit them, and
 provoke failures: bad shapes, wrong dtypes, a plugin that fails, files that are damaged, a save killed midway, a disk
@@ -25,20 +26,17 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import soak_actions
 import soak_failures
+import soak_forced
 import torch
 from soak_actions import Soak, WrongError, forget_workspaces, living, memory
 
 from trtbridge.bridge import host_thread
-from trtbridge.bridge.host_thread import HostCalls
-from trtbridge.bridge.runtime import RunningProgram
 
 WARM_UP_S = 10.0
 """Before memory is looked at for the first time."""
@@ -152,26 +150,6 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def handing_over(when: str) -> Iterator[None]:
-    """Calls that come at once are made by one thread: where that is so by itself, never, or on a CPU, too."""
-    load = RunningProgram.__init__
-
-    def load_and_share(self: RunningProgram, *args: Any, **options: Any) -> None:
-        load(self, *args, **options)
-        self._host = self._host or HostCalls(0)
-
-    def call(self: HostCalls, shapes: object, work: Callable[[], Any], stream: object = None) -> Any:
-        return work()
-
-    with ExitStack() as stack:
-        if when == "never":
-            stack.enter_context(mock.patch.object(HostCalls, "__call__", call))
-        if when == "always":
-            stack.enter_context(mock.patch.object(RunningProgram, "__init__", load_and_share))
-        yield
-
-
 def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,6 +160,12 @@ def main() -> int:
         "--handing-over", choices=["auto", "never", "always"], default="auto",
         help="calls that come at once are made by one thread (bridge/host_thread.py): on CUDA, never, on a CPU, too",
     )  # fmt: skip
+    parser.add_argument(
+        "--captures-alone", action="store_true", help="no engine is called while a CUDA graph is captured and made"
+    )
+    parser.add_argument(
+        "--load", type=json.loads, default={}, metavar="JSON", help="options of each load, in place of some by chance"
+    )
     parser.add_argument("--json", type=Path, help="where the summary goes, too")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -190,7 +174,12 @@ def main() -> int:
     if options.child:
         soak_failures.save_for_ever(*map(Path, options.child))
         return 0
-    with handing_over(options.handing_over), tempfile.TemporaryDirectory(prefix="trtbridge-soak-") as folder:
+    with ExitStack() as stack:
+        stack.enter_context(soak_forced.loads(options.load))
+        stack.enter_context(soak_forced.handing_over(options.handing_over))
+        if options.captures_alone:
+            stack.enter_context(soak_forced.captures_alone())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trtbridge-soak-"))
         found = run(options.minutes, options.threads, options.seed, Path(folder))
     print(render(found), flush=True)
     if options.json:

@@ -27,15 +27,19 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Any:
         import soak_actions
 
         yield soak_actions.Soak(tmp_path_factory.mktemp("soak"), 0)
-    for name in ("soak", "soak_actions", "soak_failures"):
+    for name in ("soak_forced", "soak_actions", "soak_failures"):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("handing_over", ["always", "never"])
-def test_a_few_seconds(handing_over: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("handing_over", "more"),
+    [("always", []), ("never", ["--captures-alone", "--load", '{"max_contexts": 2}'])],
+    ids=["always", "never, and more by force"],
+)
+def test_a_few_seconds(handing_over: str, more: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(SCRIPTS / "soak.py"), "--minutes", "0.05", "--threads", "2"]
-    command += ["--handing-over", handing_over]
+    command += ["--handing-over", handing_over, *more]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "found.json")],
         capture_output=True, text=True, env=environment, check=False, timeout=500,
@@ -51,13 +55,13 @@ def test_a_few_seconds(handing_over: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("when", "handed"), [("auto", False), ("always", True), ("never", False)])
 def test_handing_over(when: str, handed: bool, soak: Any) -> None:
-    import soak as script
+    import soak_forced
 
     from trtbridge.bridge.host_thread import HostCalls
 
     calls = HostCalls(107)
     calls((), lambda: None)
-    with script.handing_over(when):
+    with soak_forced.handing_over(when):
         module = soak.load(soak.file, Random(0))
         soak.check(module, Random(0))
         assert (module._running._host is not None) is handed
@@ -67,6 +71,50 @@ def test_handing_over(when: str, handed: bool, soak: Any) -> None:
         calls.thread._begin.put(None)
         other = calls((), threading.get_ident)
     assert (other == threading.get_ident()) is (when == "never")
+
+
+def test_options_by_force(soak: Any) -> None:
+    import soak_forced
+
+    with soak_forced.loads({"max_contexts": 3, "out_of_range": "error"}):
+        options = [soak.runtime_options(Random(seed)) for seed in range(5)]
+        assert soak.load(soak.file, Random(0))._running._lanes._most == 3
+    assert all(found["max_contexts"] == 3 and found["out_of_range"] == "error" for found in options)
+    assert {found["share_workspace"] for found in options} == {True, False}, "the others are by chance"
+    assert "out_of_range" not in soak.runtime_options(Random(0))
+
+
+def test_captures_alone(soak: Any) -> None:
+    """Many go through together, one alone waits for them and keeps them out, and is let through itself."""
+    import soak_forced
+
+    gate = soak_forced._Gate()
+    inside, go, log = threading.Event(), threading.Event(), []
+
+    def alone() -> None:
+        with gate.alone():
+            log.append("alone")
+            with gate.together():
+                inside.set()
+                assert go.wait(30)
+            log.append("end")
+
+    def another() -> None:
+        with gate.together():
+            log.append("another")
+
+    first, second = threading.Thread(target=alone), threading.Thread(target=another)
+    with gate.together(), gate.together():
+        first.start()
+        assert not inside.wait(0.1)
+    assert inside.wait(30)
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    go.set()
+    first.join(30)
+    second.join(30)
+    assert log == ["alone", "end", "another"]
 
 
 def test_every_failure_ends_as_it_should(soak: Any) -> None:
