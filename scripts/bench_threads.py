@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How threads that call at once get on without CUDA graphs: each on its own, one at a time, and as the runtime does it.
+"""How threads that call at once get on: each on its own, one at a time, as the runtime does it, and as it might.
 
     python scripts/bench_threads.py                              stand-ins of calls, anywhere
     python scripts/bench_threads.py --model resnet50 --work DIR  calls of a model of scripts/bench.py, converted in DIR
 
 Calls a second of all threads together, in many short rounds of all ways: what a host does in a second changes by a
-third from one second to the next. Of a model both on one module and on a module for each thread.
-`bridge/host_thread.py` says what the runtime does, and docs/runtime.md has what came out on a GPU.
+third from one second to the next. Of a model on one module and on a module for each thread, without CUDA graphs or with
+them (`--graphs`). `bridge/host_thread.py` says what the runtime does, and docs/runtime.md has what came out on a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import itertools
 import os
 import statistics
 import threading
@@ -30,6 +31,7 @@ from bench_common import BACKEND, DRY_RUN, Example, Settings, program_file
 
 import trtbridge as tb
 from trtbridge.bridge import host_thread
+from trtbridge.bridge.runtime import RunningProgram
 
 Call = Callable[[], Any]
 
@@ -77,10 +79,48 @@ def _woken_at_the_end() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _one_lane() -> Iterator[None]:
+    """A call takes a lane when its turn has come, so all take the same one: a host has its contexts in a cache."""
+    in_lane = RunningProgram._run_in_lane
+
+    def run(self: RunningProgram, inputs: Sequence[torch.Tensor], stream: Any = None) -> list[torch.Tensor]:
+        if self._host is None:
+            return in_lane(self, inputs, stream)
+
+        def work() -> list[torch.Tensor]:
+            lane = self._lanes.take()
+            try:
+                return self._run_in_order(inputs, lane)
+            finally:
+                self._lanes.give(lane)
+
+        return self._host(tuple(tensor.shape for tensor in inputs), work, stream)
+
+    with mock.patch.object(RunningProgram, "_run_in_lane", run):
+        yield
+
+
+@contextmanager
+def _whole_calls() -> Iterator[None]:
+    """The one thread also does what a call does besides, and replays CUDA graphs."""
+    on_device = RunningProgram._call_on_device
+
+    def call(self: RunningProgram, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if self._host is None:
+            return on_device(self, inputs)
+        return self._host.thread.call(lambda: on_device(self, inputs), torch.cuda.current_stream())
+
+    with mock.patch.object(RunningProgram, "_call_on_device", call):
+        yield
+
+
 WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "each on its own": lambda: _instead(lambda work: work()),
     "a lock": _one_at_a_time,
     "woken at the end": _woken_at_the_end,
+    "one lane": _one_lane,
+    "whole calls": _whole_calls,
     "as it is": nullcontext,
 }
 
@@ -116,12 +156,13 @@ def stand_ins(threads: int, kind: str) -> list[Call]:
     return [made() for _ in range(threads)]
 
 
-def modules(model: str, settings: Settings) -> tuple[list[Call], list[Call]]:
+def modules(model: str, settings: Settings, graphs: bool) -> tuple[list[Call], list[Call]]:
     """Calls of one module, and of a module each, on streams of their own, batch 1."""
     if problem := models.convert_all([model], settings, 1, 600)[model]["error"]:
         raise SystemExit(f"{model} is not converted: {problem}")
+    graphs = graphs and not DRY_RUN
     options = {"kernel_specialization": "eager"} if BACKEND == "tensorrt_rtx" else {}
-    module = tb.load(program_file(settings, model), models.here(), cuda_graphs=False, **options)
+    module = tb.load(program_file(settings, model), models.here(), cuda_graphs=graphs, **options)
     given = [models.example(model, settings, 1, seed) for seed in range(settings.threads)]
 
     def call_of(one: tb.EngineModule, example: Example) -> Call:
@@ -164,11 +205,17 @@ def rate(calls: Sequence[Call], count: int) -> tuple[float, float]:
     return each * len(calls) / (time.perf_counter() - started), max(longest)
 
 
-def table(kinds: dict[str, Sequence[Call]], count: int, rounds: int) -> str:
+def in_turn(calls: Sequence[Call]) -> Call:
+    """The next one of them each time."""
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
+
+
+def table(kinds: dict[str, tuple[Call, Sequence[Call]]], count: int, rounds: int) -> str:
     """Medians of ways, as text; what is beside one thread, with its quartiles, is within a round of a way.
 
     Args:
-        kinds: calls, one a thread; one thread makes the first of each kind, before the others do.
+        kinds: what one thread calls, before the others do, and what these call, one a thread.
         count: calls of each measurement.
         rounds: measurements of each.
     """
@@ -176,8 +223,8 @@ def table(kinds: dict[str, Sequence[Call]], count: int, rounds: int) -> str:
     for _ in range(rounds):
         for way in WAYS:
             with WAYS[way]():
-                for kind, calls in kinds.items():
-                    alone, _ = rate(calls[:1], count)
+                for kind, (one, calls) in kinds.items():
+                    alone, _ = rate([one], count)
                     found.setdefault((way, kind), []).append((alone, *rate(calls, count)))
     lines = [f"{len(os.sched_getaffinity(0))} cores", ""]
     lines += ["| calls | | one thread, calls a second | all of them | beside one thread | longest call, ms |"]
@@ -196,20 +243,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="one of scripts/bench.py; needs a GPU")
     parser.add_argument("--work", type=Path, help="folder of converted models")
+    parser.add_argument("--graphs", action="store_true", help="calls of the model replay CUDA graphs, on a GPU")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--calls", type=int, default=480, help="of all threads together, each time")
     parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
-    kinds: dict[str, Sequence[Call]] = {}
+    kinds: dict[str, tuple[Call, Sequence[Call]]] = {}
     if options.model is None:
         for kind in STAND_INS:
-            kinds[f"{options.threads} threads, {kind}"] = stand_ins(options.threads, kind)
+            calls = stand_ins(options.threads, kind)
+            kinds[f"{options.threads} threads, {kind}"] = calls[0], calls
     else:
         if options.work is None:
             parser.error("--model needs --work DIR")
         options.work.mkdir(parents=True, exist_ok=True)
-        one, several = modules(options.model, Settings(options.work, threads=options.threads))
-        kinds |= {f"{options.threads} threads, one module": one, f"{options.threads} threads, a module each": several}
+        one, several = modules(options.model, Settings(options.work, threads=options.threads), options.graphs)
+        kinds[f"{options.threads} threads, one module"] = one[0], one
+        kinds[f"{options.threads} threads, a module each"] = in_turn(several), several
     print(table(kinds, options.calls, options.rounds))
 
 

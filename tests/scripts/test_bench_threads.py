@@ -6,18 +6,26 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+
+import trtbridge as tb
+from trtbridge.bridge import host_thread
+from trtbridge.bridge.host_thread import HostCalls
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_threads.py"
-WAYS = ("each on its own", "a lock", "woken at the end", "as it is")
+WAYS = ("each on its own", "a lock", "woken at the end", "one lane", "whole calls", "as it is")
 
 
 @pytest.mark.parametrize("of_model", [False, True])
 def test_all_ways_are_measured(of_model: bool, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--threads", "3", "--calls", "60", "--rounds", "2"]
-    command += ["--model", "twelve_plugins", "--work", str(tmp_path)] if of_model else []
+    command += ["--model", "twelve_plugins", "--graphs", "--work", str(tmp_path)] if of_model else []
     environment = {**os.environ, "TRTBRIDGE_GPU_TESTS_ON_CPU": "1"} if of_model else None
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -29,6 +37,37 @@ def test_all_ways_are_measured(of_model: bool, tmp_path: Path) -> None:
         assert float(longest) > 0
         middle, low, high = map(float, re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", beside).groups())  # type: ignore[union-attr]
         assert low <= middle + 0.01 <= high + 0.02
+
+
+@pytest.mark.parametrize(("way", "lanes"), [("as it is", 4), ("one lane", 1)])
+def test_lanes_of_calls_that_wait(way: str, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench_threads
+
+    model = torch.nn.Linear(4, 4)
+    module = tb.convert(model, (torch.ones(2, 4),), backend="onnxruntime", device="cpu")
+    running, host = module._running, HostCalls(108)
+    assert running is not None
+    running._host = host
+    module(torch.ones(2, 4))
+    given = [torch.randn(2, 4) for _ in range(4)]
+    begun, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        assert go.wait(60)
+
+    monkeypatch.setattr(host_thread, "PATIENCE_S", 60.0)
+    with bench_threads.WAYS[way](), ThreadPoolExecutor(5) as pool:
+        pool.submit(host.thread.call, hold)
+        assert begun.wait(60)
+        results = [pool.submit(module, x) for x in given]
+        while len(host.thread._queue) < 4:
+            time.sleep(0.001)
+        go.set()
+        for x, result in zip(given, results, strict=True):
+            torch.testing.assert_close(result.result(60), model(x))
+    assert running._lanes.made == lanes
 
 
 def test_a_model_needs_a_folder() -> None:
