@@ -62,7 +62,8 @@ def test_lanes_of_calls_that_wait(way: str, lanes: int, monkeypatch: pytest.Monk
         pool.submit(host.thread.call, hold)
         assert begun.wait(60)
         results = [pool.submit(module, x) for x in given]
-        while len(host.thread._queue) < 4:
+        deadline = time.monotonic() + 60
+        while len(host.thread._queue) < 4 and time.monotonic() < deadline:
             time.sleep(0.001)
         go.set()
         for x, result in zip(given, results, strict=True):
