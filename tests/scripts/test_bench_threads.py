@@ -19,7 +19,7 @@ from trtbridge.bridge import host_thread
 from trtbridge.bridge.host_thread import HostCalls
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_threads.py"
-WAYS = ("each on its own", "a lock", "woken at the end", "one lane", "whole calls", "as it is")
+WAYS = ("each on its own", "a lock", "woken at the end", "one lane", "whole calls", "lock kept", "as it is")
 
 
 @pytest.mark.parametrize("of_model", [False, True])
