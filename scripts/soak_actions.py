@@ -105,7 +105,7 @@ class Soak:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        cuda = _cuda()
+        cuda = on_cuda()
         self.backend = "tensorrt_rtx" if cuda else "onnxruntime"
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         if cuda:
@@ -253,7 +253,8 @@ class _FreshStream:
         self._context.__exit__(*error)
 
 
-def _cuda() -> bool:
+def on_cuda() -> bool:
+    """Whether there is a GPU and TensorRT-RTX for it."""
     from trtbridge.bridge.backends import all_statuses
 
     return torch.cuda.is_available() and any(s.name == "tensorrt_rtx" and s.can_run for s in all_statuses())

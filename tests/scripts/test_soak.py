@@ -27,7 +27,7 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Any:
         import soak_actions
 
         yield soak_actions.Soak(tmp_path_factory.mktemp("soak"), 0)
-    for name in ("soak_forced", "soak_actions", "soak_failures"):
+    for name in ("soak_forced", "soak_fast", "soak_actions", "soak_failures"):
         sys.modules.pop(name, None)
 
 
@@ -177,3 +177,37 @@ def test_a_wrong_result_is_noticed(soak: Any) -> None:
             soak.compare(wrong, given, ("a", "b"))
     with pytest.raises(soak_actions.WrongError, match=r"batch 4: off by .* from weights b"):
         soak.compare(right, given, ("b",))
+
+
+def test_as_often_as_threads_can(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(SCRIPTS / "soak_fast.py"), "--seconds", "1"]
+    kinds = ["--kinds", "plain,plain,contexts,loads", "--json", str(tmp_path / "found.json")]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *options], capture_output=True, text=True, env=environment, check=False, timeout=500
+        )
+
+    done = run(*kinds)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found["done"]) == {"plain", "contexts", "loads"}
+    assert all(count > 0 for count in found["done"].values())
+    assert found["wrong"] == []
+    assert "no such kind: some" in run("--kinds", "plain,some").stderr
+
+
+def test_a_wrong_result_of_a_fast_call_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import soak_fast
+
+    fast = soak_fast.Fast(tmp_path, 0)
+    assert fast.wrong == []
+    fast._expected[2] = fast._expected[2] + 1
+    for size in soak_fast.BATCHES:
+        fast.call(fast._shared, size)
+    assert fast.wrong == ["batch 2: off by 1"]
+    monkeypatch.setattr(soak_fast.Fast, "plain", lambda self, pick: 1 // 0)
+    soak_fast.worker(fast, "plain", 0, 0.0)
+    assert fast.wrong[1:] == ["plain: ZeroDivisionError: integer division or modulo by zero"]
