@@ -27,6 +27,7 @@ class StreamOrder:
         self._done = torch.cuda.Event()
         self._stream: torch.cuda.Stream | None = None
         self._handle = -1
+        self._known_for: set[int] = set()  # streams that the allocator knows the memory is used on; once is enough
 
     def enter(self) -> None:
         """Let torch's current stream wait until the memory is free, if another stream used it last."""
@@ -37,8 +38,9 @@ class StreamOrder:
         stream = torch.cuda.current_stream(self._device)
         if self._stream is not None:
             stream.wait_event(self._done)
-        if self.memory is not None:
+        if self.memory is not None and handle not in self._known_for:
             self.memory.record_stream(stream)
+            self._known_for.add(handle)
         self._stream, self._handle = stream, handle
 
     def leave(self) -> None:

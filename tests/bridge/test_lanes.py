@@ -213,7 +213,7 @@ def test_memory_belongs_to_a_stream_as_long_as_it_works_there(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: current[0], raising=False)
     order = StreamOrder(torch.device("cuda", 0), cast(Any, Memory()))
-    for stream in (1, 1, 2):
+    for stream in (1, 1, 2, 1):
         current[0] = stream
         order.enter()
         order.leave()
@@ -222,8 +222,16 @@ def test_memory_belongs_to_a_stream_as_long_as_it_works_there(monkeypatch: pytes
     order.wait()
     assert log == [
         ("in use on", 1), ("done on", 1), ("done on", 1),
-        (2, "waits"), ("in use on", 2), ("done on", 2), ("host waits",),
-    ]  # fmt: skip
+        (2, "waits"), ("in use on", 2), ("done on", 2), (1, "waits"), ("done on", 1), ("host waits",),
+    ], "torch's allocator keeps what it was told until the memory is free"  # fmt: skip
+    made_later = StreamOrder(torch.device("cuda", 0))
+    made_later.enter()
+    made_later.memory = cast(Any, Memory())
+    log.clear()
+    for stream in (2, 1):
+        current[0] = stream
+        made_later.enter()
+    assert [entry for entry in log if entry[0] == "in use on"] == [("in use on", 2), ("in use on", 1)]
 
 
 class _Stream(int):
