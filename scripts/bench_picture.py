@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench_render import Record, by_unit, fastest_inductor
+from bench_render import Record, by_unit, fastest_inductor, one_size
 
-_COLOURS = {"eager": "#9aa5b1", "eager graph": "#6b8fb5", "inductor": "#d08a3c", "torch_tensorrt": "#7a5ba6"}
+_ONE_SIZE = "inductor, ours for one size, too"
+_COLOURS = {
+    "eager": "#9aa5b1", "eager graph": "#6b8fb5", "inductor": "#d08a3c", _ONE_SIZE: "#ecc894",
+    "torch_tensorrt": "#7a5ba6",
+}  # fmt: skip
 
 
 def bars(record: Record) -> dict[str, dict[str, float]]:
     """By model and batch: how many times as long as ours each other way takes."""
     found: dict[str, dict[str, float]] = {}
     rows = [row for row in record["rows"] if row["part"] == "beside" and "way" in row]
+    alone = one_size(record)
     for unit, ways in by_unit(rows).items():
         named = {name: ways.get(name) for name in ("eager", "eager graph", "torch_tensorrt")}
         named["inductor"] = fastest_inductor(ways)[1]
-        values = {name: row["ratio"] for name in _COLOURS if (row := named[name]) and "ratio" in row}
+        values = {name: row["ratio"] for name in named if (row := named[name]) and "ratio" in row}
+        if "inductor" in values and unit in alone:
+            values[_ONE_SIZE] = values["inductor"] / alone[unit]
         if values:
             found[unit] = values
     return found

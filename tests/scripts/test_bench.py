@@ -274,6 +274,11 @@ def test_the_page(bench: ModuleType, tmp_path: Path) -> None:
     assert "| gpt2 | 1 | conv2d | block.0 | 3 | 0.2500 |" in text
     assert "![Times beside PyTorch](page.png)" in text
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    import bench_picture  # `bench` has the scripts in the path
+
+    assert bench_picture.bars(json.loads(record.read_text())) == {
+        "resnet50 1": {"eager": 3.0, "inductor": 0.8, "inductor, ours for one size, too": 1.6}
+    }
 
 
 def test_one_unit_at_a_time(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
