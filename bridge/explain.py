@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..plugins.sizes import names_in
 from .avoid_plugins import ways_to_avoid
 from .backends import choose_backend
 from .backends.base import Refusal
@@ -51,6 +52,7 @@ class Explanation:
         passes: a line a pass, and what became of the precision where one was asked for.
         signature: inputs and outputs.
         plugins: of each plugin what is said of it in ``steps``.
+        tips: what would likely make it faster, beside what is said of plugins.
     """
 
     backend: str
@@ -60,6 +62,7 @@ class Explanation:
     refusals: Mapping[str, Sequence[Refusal]]
     passes: tuple[str, ...]
     plugins: tuple[PluginNote, ...] = ()
+    tips: tuple[str, ...] = ()
 
     @property
     def converts(self) -> bool:
@@ -76,6 +79,7 @@ class Explanation:
             name = step.partition(":")[0]
             lines += ["    refused: " + str(refusal).replace("\n", "\n    ") for refusal in self.refusals.get(name, ())]
         lines += [f"  output {line}" for line in self.signature.describe_outputs()]
+        lines += [f"  tip: {tip}" for tip in self.tips]
         lines.append("  converts" if self.converts else "  does not convert: the parser refuses the nodes above")
         return "\n".join(lines)
 
@@ -126,4 +130,19 @@ def explain(
         passes += tuple(str(planner.precision).splitlines())
     if planner.attention_report is not None:
         passes += (planner.attention_report.summary,)
-    return Explanation(builder.name, plan.source, plan.signature, tuple(lines), refusals, passes, tuple(notes))
+    tips = _tips(plan.signature) if builder.name == "tensorrt_rtx" else ()
+    return Explanation(builder.name, plan.source, plan.signature, tuple(lines), refusals, passes, tuple(notes), tips)
+
+
+def _tips(signature: Signature) -> tuple[str, ...]:
+    """That a size which comes often may have a profile of its own, where sizes of inputs have one range alone."""
+    sizes = [size for spec in signature.inputs for size in spec.shape if isinstance(size, str)]
+    used = {name for size in sizes for name in names_in(size)}
+    ranges = {name: span for name, span in signature.dims.items() if name in used and span[0] < span[2]}
+    if signature.profiles or not ranges:
+        return ()
+    dims = (f'Dim("{name}", profiles=[{(span[1],) * 3}, {tuple(span)}])' for name, span in ranges.items())
+    return (
+        "calls with sizes that come often are mostly faster where these have a profile of their own, as in "
+        f"{', '.join(dims)} (docs/shapes.md)",
+    )

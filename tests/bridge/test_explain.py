@@ -155,3 +155,26 @@ def test_a_replacement_computes_the_same_and_is_no_plugin(op: str) -> None:
     found = tb.explain(Other(), (x,), backend="tensorrt_rtx")
     assert found.converts
     assert found.plugins == ()
+
+
+@pytest.mark.rtx
+def test_sizes_that_come_often_may_have_a_profile_of_their_own() -> None:
+    pytest.importorskip("tensorrt_rtx")
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x.relu() + y
+
+    def tips(dims: dict[int, tb.Dim] | None, backend: str = "tensorrt_rtx") -> tuple[str, ...]:
+        args = torch.ones(4, 6), torch.ones(4, 6)
+        shapes = None if dims is None else {"x": dims, "y": dims}
+        found = tb.explain(Net(), args, dynamic_shapes=shapes, backend=backend)
+        assert str(found).count("  tip: ") == len(found.tips)
+        return found.tips
+
+    batch = tb.Dim("batch", min=1, opt=8, max=32)
+    (tip,) = tips({0: batch, 1: tb.Dim("length", min=2, opt=6, max=6)})
+    assert 'Dim("batch", profiles=[(8, 8, 8), (1, 8, 32)])' in tip
+    assert 'Dim("length", profiles=[(6, 6, 6), (2, 6, 6)])' in tip
+    assert tips({0: tb.Dim("batch", profiles=[(8, 8, 8), (1, 8, 32)])}) == tips(None) == ()
+    assert tips({0: batch}, "onnxruntime") == (), "of others it is not known"
