@@ -141,7 +141,7 @@ def _tips(signature: Signature) -> tuple[str, ...]:
     ranges = {name: span for name, span in signature.dims.items() if name in used and span[0] < span[2]}
     if signature.profiles or not ranges:
         return ()
-    dims = (f'Dim("{name}", profiles=[{(span[1],) * 3}, {tuple(span)}])' for name, span in ranges.items())
+    dims = (f'tb.Dim("{name}", profiles=[{(span[1],) * 3}, {tuple(span)}])' for name, span in ranges.items())
     return (
         "calls with sizes that come often are mostly faster where these have a profile of their own, as in "
         f"{', '.join(dims)} (docs/shapes.md)",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import DynamicShapeError, ExportError
+from ..plugins import torch_note
 from .arguments import Arguments, trace_tensors
 from .assertions import drop_truth_checks
 from .guards import guards_always_hold
@@ -112,7 +113,8 @@ def trace_module(
                     raise type(words)(f"{words}\n{error}") from refusal
                 except Exception as error:
                     refusal = error
-                    if not _make_opaque(opaque, model, arguments, trace_both):
+                    lost = torch_note.is_lost(error)  # of that no function is to blame
+                    if lost or not _make_opaque(opaque, model, arguments, trace_both):
                         raise _explain_trace(error, name, arguments) from error
         finally:
             del refusal  # it knows this frame, and with it the module: no cycle of the two is left behind

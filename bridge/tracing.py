@@ -34,12 +34,6 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def locked(*args: P.args, **kwargs: P.kwargs) -> T:
         with _lock:
-            for _ in range(torch_note.TRIES):
-                try:
-                    return function(*args, **kwargs)
-                except Exception as error:
-                    if not torch_note.is_lost(error):
-                        raise
-            return function(*args, **kwargs)
+            return torch_note.patiently(lambda: function(*args, **kwargs))
 
     return locked

@@ -93,13 +93,7 @@ def call_op(
     Returns:
         The output tensors, flat (`flatten_results`).
     """
-    for _ in range(torch_note.TRIES):
-        try:
-            return _call_once(op, template, tensors, device)
-        except KeyError as error:
-            if not torch_note.is_lost(error):
-                raise
-    return _call_once(op, template, tensors, device)
+    return torch_note.patiently(lambda: _call_once(op, template, tensors, device))
 
 
 def _call_once(

@@ -7,10 +7,29 @@ failed so is right when it is made again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 TRIES = 5
 """How often something that failed so is made again."""
+
+
+def patiently(function: Callable[[], T]) -> T:
+    """What a function returns or raises; it is called again where the note was lost.
+
+    Args:
+        function: may be called several times; a call that fails so leaves nothing behind.
+    """
+    for _ in range(TRIES):
+        try:
+            return function()
+        except Exception as error:
+            if not is_lost(error):
+                raise
+    return function()
 
 
 def is_lost(error: BaseException) -> bool:

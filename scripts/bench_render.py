@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -224,7 +225,7 @@ def _beside(rows: Sequence[Row], alone: Mapping[str, float]) -> list[str]:
     table = _table(head, lines)
     for kind, ratios in beside.items():
         if ratios:
-            slower, middle = sum(ratio < 1 for ratio in ratios), sorted(ratios)[len(ratios) // 2]
+            slower, middle = sum(ratio < 1 for ratio in ratios), statistics.median(ratios)
             table += [
                 "",
                 f"Of {len(ratios)} pairs {kind} is slower than inductor in {slower}; median ratio {middle:.2f}.",

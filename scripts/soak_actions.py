@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import trtbridge as tb
+from trtbridge.plugins import torch_note
 
 MOST_BATCH = 64
 FAILING_BATCH = 3
@@ -62,14 +63,8 @@ class Net(nn.Module):
 
 
 def _patiently(net: Net, given: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """Eager's results; torch before 2.13 has calls of `moody` fail with this error where two threads make some."""
-    for _ in range(5):
-        try:
-            return net(*given)
-        except KeyError as error:
-            if error.args != ("custom",):
-                raise
-    return net(*given)
+    """Eager's results; torch before 2.13 has calls of `moody` fail where two threads make some."""
+    return torch_note.patiently(lambda: net(*given))
 
 
 @dataclass

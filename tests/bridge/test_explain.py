@@ -174,7 +174,7 @@ def test_sizes_that_come_often_may_have_a_profile_of_their_own() -> None:
 
     batch = tb.Dim("batch", min=1, opt=8, max=32)
     (tip,) = tips({0: batch, 1: tb.Dim("length", min=2, opt=6, max=6)})
-    assert 'Dim("batch", profiles=[(8, 8, 8), (1, 8, 32)])' in tip
-    assert 'Dim("length", profiles=[(6, 6, 6), (2, 6, 6)])' in tip
+    assert 'tb.Dim("batch", profiles=[(8, 8, 8), (1, 8, 32)])' in tip
+    assert 'tb.Dim("length", profiles=[(6, 6, 6), (2, 6, 6)])' in tip
     assert tips({0: tb.Dim("batch", profiles=[(8, 8, 8), (1, 8, 32)])}) == tips(None) == ()
     assert tips({0: batch}, "onnxruntime") == (), "of others it is not known"
