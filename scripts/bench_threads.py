@@ -120,6 +120,13 @@ def _whole_calls() -> Iterator[None]:
 
 
 @contextmanager
+def _whole_calls_in_one_lane() -> Iterator[None]:
+    """The one thread does all, with the same contexts each time: as near to one thread that calls as this comes."""
+    with _one_lane(), _whole_calls():
+        yield
+
+
+@contextmanager
 def _lock_kept() -> Iterator[None]:
     """Replays never let go of Python's lock while they have the module's, so that no thread ever waits for that."""
     as_usual = GraphCache.call
@@ -174,6 +181,7 @@ WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "woken at the end": _woken_at_the_end,
     "one lane": _one_lane,
     "whole calls": _whole_calls,
+    "whole calls, one lane": _whole_calls_in_one_lane,
     "lock kept": _lock_kept,
     "as it is": nullcontext,
 }
@@ -265,17 +273,18 @@ def in_turn(calls: Sequence[Call]) -> Call:
     return lambda: next(following)()
 
 
-def table(kinds: dict[str, tuple[Call, Sequence[Call]]], count: int, rounds: int) -> str:
+def table(kinds: dict[str, tuple[Call, Sequence[Call]]], ways: Sequence[str], count: int, rounds: int) -> str:
     """Medians of ways, as text; what is beside one thread, with its quartiles, is within a round of a way.
 
     Args:
         kinds: what one thread calls, before the others do, and what these call, one a thread.
+        ways: of `WAYS`.
         count: calls of each measurement.
         rounds: measurements of each.
     """
     found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for _ in range(rounds):
-        for way in WAYS:
+        for way in ways:
             with WAYS[way]():
                 for kind, (one, calls) in kinds.items():
                     alone, _ = rate([one], count)
@@ -301,6 +310,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--calls", type=int, default=480, help="of all threads together, each time")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
     options = parser.parse_args()
     kinds: dict[str, tuple[Call, Sequence[Call]]] = {}
     if options.model is None:
@@ -314,7 +324,7 @@ def main() -> None:
         one, several = modules(options.model, Settings(options.work, threads=options.threads), options.graphs)
         kinds[f"{options.threads} threads, one module"] = one[0], one
         kinds[f"{options.threads} threads, a module each"] = in_turn(several), several
-    print(table(kinds, options.calls, options.rounds))
+    print(table(kinds, options.ways, options.calls, options.rounds))
 
 
 if __name__ == "__main__":
