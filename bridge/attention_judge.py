@@ -18,6 +18,7 @@ import onnx
 import torch
 
 from ..errors import BuildError, TrtBridgeError, UnsupportedOpError
+from ..plugins.capture_gate import GATE
 from ..plugins.captures import capturing
 from ..plugins.streams import own_stream
 from .atomic import write_atomically
@@ -284,7 +285,7 @@ def _replay(context: Context, inputs: list[torch.Tensor], stream: torch.cuda.Str
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with capturing(graph, stream.device, stream=stream):
+        with GATE.capture(), capturing(graph, stream.device, stream=stream):
             held = context(inputs)
     except (TrtBridgeError, RuntimeError) as error:
         logger.debug("a block is timed without a CUDA graph: %s", error)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..plugins.capture_gate import GATE
 from ..plugins.captures import capturing
 from ..plugins.driver import DriverError
 from ..plugins.streams import own_stream
@@ -169,12 +170,13 @@ class Capturer:
             ends.extend((source.data_ptr(), target.data_ptr()) for source, target in pairs)
             return outputs
 
-        graph, outputs = self._captured(run, keep=True)
-        try:
-            nodes = copy_nodes(graph, ends)
-        except DriverError as error:
-            logger.info("copies are no parts of CUDA graphs: %s", error)
-            return None
+        with GATE.capture():
+            graph, outputs = self._captured(run, keep=True)
+            try:
+                nodes = copy_nodes(graph, ends)
+            except DriverError as error:
+                logger.info("copies are no parts of CUDA graphs: %s", error)
+                return None
         copies = Copies(nodes[: len(static)], nodes[len(static) :], sources)
         return Captured(graph.replay, static, outputs, lane, copies)
 
@@ -185,17 +187,19 @@ class Capturer:
         graph = torch.cuda.CUDAGraph(keep_graph=keep)
         if not self._in_pool:  # torch does not take up a pool again whose graphs are all gone
             self._pool = torch.cuda.graph_pool_handle()
-        try:
-            with capturing(graph, self._device, self._pool, self._own.stream):
-                outputs = run()
-        except BaseException:
-            self._in_pool, self._own = weakref.WeakSet(), own_stream(self._device)
-            raise
-        self._in_pool.add(graph)
-        if not self._overlap:
-            logger.debug("%d kernels of a CUDA graph wait for the one ahead", wait_for_ends(graph.raw_cuda_graph()))
-        if keep:
-            graph.instantiate()
+        with GATE.capture():
+            try:
+                with capturing(graph, self._device, self._pool, self._own.stream):
+                    outputs = run()
+            except BaseException:
+                self._in_pool, self._own = weakref.WeakSet(), own_stream(self._device)
+                raise
+            self._in_pool.add(graph)
+            if not self._overlap:
+                waiting = wait_for_ends(graph.raw_cuda_graph())
+                logger.debug("%d kernels of a CUDA graph wait for the one ahead", waiting)
+            if keep:
+                graph.instantiate()
         return graph, outputs
 
     def recycle(self, captured: Captured) -> None:

@@ -1,7 +1,7 @@
 """A long mix of everything that a converted module lives through, with deliberate failures: nothing may come out wrong.
 
     python scripts/soak.py [--minutes 10] [--threads 4] [--json FILE]
-    python scripts/soak.py --load '{"cuda_graphs": false}' --captures-alone --handing-over never    to find a cause
+    python scripts/soak.py --load '{"cuda_graphs": false}' --without-gate --handing-over never    to find a cause
 
 Threads call shared modules with shapes at random, bind, copy, save, load and (where the package can) refit them, and
 provoke failures: bad shapes, wrong dtypes, a plugin that fails, files that are damaged, a save killed midway, a disk
@@ -160,9 +160,7 @@ def main() -> int:
         "--handing-over", choices=["auto", "never", "always"], default="auto",
         help="calls that come at once are made by one thread (bridge/host_thread.py): on CUDA, never, on a CPU, too",
     )  # fmt: skip
-    parser.add_argument(
-        "--captures-alone", action="store_true", help="no engine is called while a CUDA graph is captured and made"
-    )
+    parser.add_argument("--without-gate", action="store_true", help="captures and enqueues of several threads at once")
     parser.add_argument(
         "--load", type=json.loads, default={}, metavar="JSON", help="options of each load, in place of some by chance"
     )
@@ -177,8 +175,8 @@ def main() -> int:
     with ExitStack() as stack:
         stack.enter_context(soak_forced.loads(options.load))
         stack.enter_context(soak_forced.handing_over(options.handing_over))
-        if options.captures_alone:
-            stack.enter_context(soak_forced.captures_alone())
+        if options.without_gate:
+            stack.enter_context(soak_forced.without_gate())
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trtbridge-soak-"))
         found = run(options.minutes, options.threads, options.seed, Path(folder))
     print(render(found), flush=True)

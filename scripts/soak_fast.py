@@ -1,10 +1,11 @@
 """What several threads do with engines at once, as often as they can, for a fault that a soak meets once in an hour.
 
-    python scripts/soak_fast.py [--seconds 60] [--captures-alone] [--kinds plain,plain,captures,contexts,loads]
+    python scripts/soak_fast.py [--seconds 60] [--without-gate] [--kinds plain,plain,captures,contexts,loads]
 
 A thread for each kind that is named: *plain* calls without CUDA graphs, *captures* of a graph, one replay of it and its
-end, *contexts* that are made and let go of, *loads* of the file and a first call. Every result is compared with
-eager's. So one sees what a fault does not come without (docs/runtime.md). On a GPU the backend is TensorRT-RTX;
+end, *contexts* that are made and let go of, *loads* of the file and a first call; and without TensorRT *torch_kernels*
+with an event after each, and *torch_captures* of such. Every result is compared with eager's. So one sees what a fault
+does not come without (docs/runtime.md), which `--without-gate` lets come. On a GPU the backend is TensorRT-RTX;
 elsewhere ONNX Runtime, which has no captures.
 
 Exit status: 0 all was right, 1 a result was wrong or something was raised.
@@ -34,6 +35,8 @@ from torch import nn
 
 import trtbridge as tb
 from trtbridge.bridge.graph_capture import Capturer
+from trtbridge.plugins.captures import capturing
+from trtbridge.plugins.streams import own_stream
 
 BATCHES = (1, 2, 4, 16)
 TOLERANCE = 2e-3
@@ -122,8 +125,34 @@ class Fast:
     def loads(self, pick: Random) -> Callable[[], None]:
         return lambda: self.call(self.load(cuda_graphs=False), pick.choice(BATCHES))
 
+    def torch_kernels(self, pick: Random) -> Callable[[], None]:
+        x, event = self._given[4], torch.cuda.Event()
 
-KINDS = ("plain", "captures", "contexts", "loads")
+        def step() -> None:
+            for _ in range(50):
+                torch.relu(x)
+                event.record()
+            event.synchronize()
+
+        return step
+
+    def torch_captures(self, pick: Random) -> Callable[[], None]:
+        own = own_stream(self.device)  # which nothing else works on
+
+        def step() -> None:
+            x = self._given[4]
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            with capturing(graph, self.device, stream=own.stream):
+                for _ in range(30):
+                    x = torch.relu(x)
+            graph.instantiate()
+            graph.replay()
+            torch.cuda.current_stream().synchronize()
+
+        return step
+
+
+KINDS = ("plain", "captures", "contexts", "loads", "torch_kernels", "torch_captures")
 
 
 def worker(fast: Fast, kind: str, number: int, deadline: float) -> None:
@@ -147,20 +176,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--kinds", default="plain,plain,captures,contexts,loads", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--captures-alone", action="store_true", help="as scripts/soak.py has it")
+    parser.add_argument("--without-gate", action="store_true", help="captures and enqueues of several threads at once")
     parser.add_argument("--json", type=Path, help="where what was done goes, too")
     options = parser.parse_args()
     kinds = options.kinds.split(",")
     if unknown := sorted(set(kinds) - set(KINDS)):
         parser.error(f"no such kind: {', '.join(unknown)}; there are {', '.join(KINDS)}")
-    if "captures" in kinds and not soak_actions.on_cuda():
-        parser.error("captures need a GPU; leave them out of --kinds")
+    if not soak_actions.on_cuda() and (needy := set(kinds) - {"plain", "contexts", "loads"}):
+        parser.error(f"{', '.join(sorted(needy))} need a GPU; leave them out of --kinds")
     faulthandler.enable()
     torch._C._set_print_stack_traces_on_fatal_signal(True)
     with ExitStack() as stack:
         stack.enter_context(soak_forced.handing_over("never"))
-        if options.captures_alone:
-            stack.enter_context(soak_forced.captures_alone())
+        if options.without_gate:
+            stack.enter_context(soak_forced.without_gate())
         fast = Fast(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trtbridge-fast-"))), options.seed)
         deadline = time.monotonic() + options.seconds
         crowd = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from random import Random
@@ -11,10 +10,9 @@ from unittest import mock
 
 from soak_actions import Soak
 
-from trtbridge.bridge.backends.trt_run import TensorRtExecutable, _Context
-from trtbridge.bridge.graph_capture import Capturer
 from trtbridge.bridge.host_thread import HostCalls
 from trtbridge.bridge.runtime import RunningProgram
+from trtbridge.plugins.capture_gate import CaptureGate
 
 
 @contextmanager
@@ -54,60 +52,14 @@ def handing_over(when: str) -> Iterator[None]:
 
 
 @contextmanager
-def captures_alone() -> Iterator[None]:
-    """While a CUDA graph is captured, changed and instantiated, no other thread calls TensorRT or makes contexts."""
-    gate = _Gate()
+def without_gate() -> Iterator[None]:
+    """Captures and enqueues of several threads at once, which the package keeps apart (plugins/capture_gate.py)."""
 
-    def within(function: Callable[..., Any], mode: Callable[[], Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            with mode():
-                return function(*args, **options)
+    @contextmanager
+    def capture(self: CaptureGate) -> Iterator[bool]:
+        yield False
 
-        return call
+    def nothing(self: CaptureGate) -> None: ...
 
-    with ExitStack() as stack:
-        for owner, name, mode in (
-            (Capturer, "_captured", gate.alone),
-            (_Context, "_run", gate.together),
-            (TensorRtExecutable, "new_context", gate.together),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, within(getattr(owner, name), mode)))
+    with mock.patch.multiple(CaptureGate, capture=capture, enter=nothing, leave=nothing):
         yield
-
-
-class _Gate:
-    """Many threads at once or one alone, which may also go through as one of many."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._owner = 0
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        if self._owner == threading.get_ident():
-            yield
-            return
-        with self._changed:
-            while self._owner:
-                self._changed.wait()
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._changed:
-            while self._owner or self._inside:
-                self._changed.wait()
-            self._owner = threading.get_ident()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._owner = 0
-                self._changed.notify_all()

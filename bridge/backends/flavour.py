@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BackendError, OptionError
+from ...plugins.capture_gate import GATE
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -246,11 +247,15 @@ class JitCache:
             trt = self._flavour.module()
         strategies = trt.ExecutionContextAllocationStrategy
         strategy = strategies.USER_MANAGED if user_managed else strategies.STATIC
-        if self._config is None:
-            return self._engine.create_execution_context(strategy)
-        # A context keeps what the config said when it was made.
-        self._config.set_execution_context_allocation_strategy(strategy)
-        return self._engine.create_execution_context(self._config)
+        GATE.enter()
+        try:
+            if self._config is None:
+                return self._engine.create_execution_context(strategy)
+            # A context keeps what the config said when it was made.
+            self._config.set_execution_context_allocation_strategy(strategy)
+            return self._engine.create_execution_context(self._config)
+        finally:
+            GATE.leave()
 
     def serialize(self) -> bytes:
         """What was compiled so far; empty where there is no such cache."""

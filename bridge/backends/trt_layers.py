@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import BackendError, ExecutionError
+from ...plugins.capture_gate import GATE
 from ...plugins.tensorrt_v3 import plugin_host
 from ..cache import JitCacheFile
 from ..dtypes import to_torch
@@ -186,7 +187,12 @@ class TrtLayerProfiler:
             if bound is not None:
                 context.set_tensor_address(name, bound.data_ptr())
         self._reported.clear()
-        if not context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+        GATE.enter()
+        try:
+            works = context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream)
+        finally:
+            GATE.leave()
+        if not works:
             raise ExecutionError("TensorRT failed to run the engine with a profiler; its words are on standard error.")
         self._calls.append(list(self._reported))
         return [self._take(name) if t is None else t for t, (name, _) in zip(outputs, self._outputs, strict=True)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from ...errors import BackendError, ExecutionError, TrtBridgeError
+from ...plugins.capture_gate import GATE
 from ...plugins.tensorrt_v3 import PluginHost, plugin_host
 from ..cache import JitCacheFile
 from ..dtypes import to_torch
@@ -182,7 +183,12 @@ class _Context:
                 self._has_weights = True
             self._weights.used_on(stream)
         about_to_launch()
-        if not self._context.execute_async_v3(stream.cuda_stream):
+        GATE.enter()
+        try:
+            works = self._context.execute_async_v3(stream.cuda_stream)
+        finally:
+            GATE.leave()
+        if not works:
             self._fail(shapes)
         return [
             self._take(name) if tensor is None else tensor

@@ -33,7 +33,7 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(
     ("handing_over", "more"),
-    [("always", []), ("never", ["--captures-alone", "--load", '{"max_contexts": 2}'])],
+    [("always", []), ("never", ["--without-gate", "--load", '{"max_contexts": 2}'])],
     ids=["always", "never, and more by force"],
 )
 def test_a_few_seconds(handing_over: str, more: list[str], tmp_path: Path) -> None:
@@ -84,37 +84,32 @@ def test_options_by_force(soak: Any) -> None:
     assert "out_of_range" not in soak.runtime_options(Random(0))
 
 
-def test_captures_alone(soak: Any) -> None:
-    """Many go through together, one alone waits for them and keeps them out, and is let through itself."""
+def test_without_gate() -> None:
+    """Captures and enqueues are kept apart, but where a soak forces them not to be."""
     import soak_forced
 
-    gate = soak_forced._Gate()
-    inside, go, log = threading.Event(), threading.Event(), []
+    from trtbridge.plugins.capture_gate import CaptureGate
 
-    def alone() -> None:
-        with gate.alone():
-            log.append("alone")
-            with gate.together():
-                inside.set()
-                assert go.wait(30)
-            log.append("end")
+    gate = CaptureGate()
+    log: list[str] = []
 
-    def another() -> None:
-        with gate.together():
-            log.append("another")
+    def enqueue() -> None:
+        gate.enter()
+        log.append("enqueue")
+        gate.leave()
 
-    first, second = threading.Thread(target=alone), threading.Thread(target=another)
-    with gate.together(), gate.together():
-        first.start()
-        assert not inside.wait(0.1)
-    assert inside.wait(30)
-    second.start()
-    second.join(0.1)
-    assert second.is_alive()
-    go.set()
-    first.join(30)
-    second.join(30)
-    assert log == ["alone", "end", "another"]
+    def beside_a_capture() -> None:
+        other = threading.Thread(target=enqueue)
+        with gate.capture():
+            other.start()
+            other.join(0.2)
+            log.append("end of capture")
+        other.join(30)
+
+    with soak_forced.without_gate():
+        beside_a_capture()
+    beside_a_capture()
+    assert log == ["enqueue", "end of capture", "end of capture", "enqueue"]
 
 
 def test_every_failure_ends_as_it_should(soak: Any) -> None:

@@ -1,0 +1,98 @@
+"""While one thread captures a CUDA graph, no other gives an engine's kernels to a device or makes execution contexts.
+
+TensorRT-RTX 1.6.1 otherwise ends the process now and then, with a segmentation fault in the driver within an enqueue
+(docs/runtime.md has what was seen). Captures are rare, so whoever captures is let in first; and whoever has waited long
+goes ahead all the same, as what is under way may be waiting for him: an enqueue may call a plugin, and a capture does.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PATIENCE_S = 1.0
+"""After so long an enqueue goes ahead beside a capture."""
+CAPTURE_PATIENCE_S = 10.0
+"""After so long a capture goes ahead beside an enqueue."""
+_FIRST_S = 0.1
+"""So long at a time a capture that waits is let in first; as long after that it is not, as kernels may be compiled in
+what it waits for, which takes seconds."""
+
+
+class CaptureGate:
+    """Lets many threads in at once, or one alone; who is in may come in again, either way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._inside: dict[int, int] = {}  # threads that enqueue, and how deep in it they are
+        self._waiting = 0  # captures that are to be let in first
+        self._capturer = 0  # thread that is alone; 0: none
+
+    def enter(self) -> None:
+        """To be called ahead of what must not run beside a capture in another thread; `leave` after it."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._is_taken() and me not in self._inside and me != self._capturer:
+                self._changed.wait_for(lambda: not self._is_taken(), PATIENCE_S)
+            self._inside[me] = self._inside.get(me, 0) + 1
+
+    def leave(self) -> None:
+        """After what `enter` was called for."""
+        me = threading.get_ident()
+        with self._lock:
+            depth = self._inside.pop(me) - 1
+            if depth:
+                self._inside[me] = depth
+            elif self._is_taken():
+                self._changed.notify_all()
+
+    @contextmanager
+    def capture(self) -> Iterator[bool]:
+        """To be around a capture and the making of its graph.
+
+        Yields:
+            Whether no other thread is in, or will be before this one leaves or their patience ends.
+        """
+        me = threading.get_ident()
+        if self._capturer == me:
+            yield True
+            return
+        alone = self._let_in(me)
+        try:
+            yield alone
+        finally:
+            if alone:
+                with self._lock:
+                    self._capturer = 0
+                    self._changed.notify_all()
+
+    def _let_in(self, me: int) -> bool:
+        def is_free() -> bool:
+            return not self._capturer and not any(thread != me for thread in self._inside)
+
+        until = time.monotonic() + CAPTURE_PATIENCE_S
+        with self._lock:
+            while not (found := self._wait_first(is_free) or self._changed.wait_for(is_free, _FIRST_S)):
+                if time.monotonic() > until:
+                    break
+            if found:
+                self._capturer = me
+        return found
+
+    def _is_taken(self) -> bool:
+        return bool(self._waiting or self._capturer)
+
+    def _wait_first(self, is_free: Callable[[], bool]) -> bool:
+        self._waiting += 1
+        try:
+            return self._changed.wait_for(is_free, _FIRST_S)
+        finally:
+            self._waiting -= 1
+            self._changed.notify_all()  # whoever let this one in first
+
+
+GATE = CaptureGate()
+"""That of this process: what captures and enqueues share is the driver's, whatever module or device they are of."""
