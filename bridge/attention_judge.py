@@ -19,7 +19,7 @@ import torch
 
 from ..errors import BuildError, TrtBridgeError, UnsupportedOpError
 from ..plugins.capture_gate import GATE
-from ..plugins.captures import capturing
+from ..plugins.captures import OwnGraph, capturing
 from ..plugins.streams import own_stream
 from .atomic import write_atomically
 from .attention_blocks import BlockPair
@@ -283,10 +283,12 @@ def _replay(context: Context, inputs: list[torch.Tensor], stream: torch.cuda.Str
     for _ in range(3):
         context(inputs)
     stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = OwnGraph()
     try:
-        with GATE.capture(), capturing(graph, stream.device, stream=stream):
-            held = context(inputs)
+        with GATE.capture():
+            with capturing(graph, stream.device, stream=stream):
+                held = context(inputs)
+            context(inputs)  # as in graph_capture.py
     except (TrtBridgeError, RuntimeError) as error:
         logger.debug("a block is timed without a CUDA graph: %s", error)
         return lambda: context(inputs)

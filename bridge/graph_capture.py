@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from ..plugins.capture_gate import GATE
-from ..plugins.captures import capturing
+from ..plugins.captures import OwnGraph, capturing
 from ..plugins.driver import DriverError
 from ..plugins.streams import own_stream
 from .cuda_driver import CopyNode, copy_nodes, wait_for_ends
@@ -118,7 +117,7 @@ class Capturer:
         self._has_workspace = False  # made with the first graph; `order` has it
         self._device = device
         self._pool: Any = None
-        self._in_pool: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._pools_own: OwnGraph | None = None  # lives as long as the pool is used
         self._own = own_stream(device)
         self._spare: list[Lane] = []  # of graphs that are gone: contexts that have their kernels
 
@@ -139,13 +138,17 @@ class Capturer:
             seen = self._run(static, lane)  # kernels are compiled and sizes set here, which a capture does not allow
             self._own.stream.synchronize()
             results = seen if fresh_outputs else ()
-            if own_inputs and self.copies_inside and all(map(_is_one_piece, results)):
-                captured = self._capture_with_copies(inputs, static, results, lane)
-                if captured is not None:
-                    return captured
-                self.copies_inside = False
-            graph, outputs = self._captured(lambda: self._run(static, lane), keep=not self._overlap)
-        return Captured(graph.replay, static, outputs, lane)
+            with GATE.capture():
+                captured: Captured | None = None
+                if own_inputs and self.copies_inside and all(map(_is_one_piece, results)):
+                    captured = self._capture_with_copies(inputs, static, results, lane)
+                    self.copies_inside = captured is not None
+                if captured is None:
+                    graph, outputs = self._captured(lambda: self._run(static, lane), keep=not self._overlap)
+                    captured = Captured(graph.replay, static, outputs, lane)
+                # The event that TensorRT-RTX records in each enqueue is a part of the graph until it is recorded anew.
+                self._run(static, lane)
+        return captured
 
     def _capture_with_copies(
         self,
@@ -170,36 +173,34 @@ class Capturer:
             ends.extend((source.data_ptr(), target.data_ptr()) for source, target in pairs)
             return outputs
 
-        with GATE.capture():
-            graph, outputs = self._captured(run, keep=True)
-            try:
-                nodes = copy_nodes(graph, ends)
-            except DriverError as error:
-                logger.info("copies are no parts of CUDA graphs: %s", error)
-                return None
+        graph, outputs = self._captured(run, keep=True)
+        try:
+            nodes = copy_nodes(graph, ends)
+        except DriverError as error:
+            logger.info("copies are no parts of CUDA graphs: %s", error)
+            return None
         copies = Copies(nodes[: len(static)], nodes[len(static) :], sources)
         return Captured(graph.replay, static, outputs, lane, copies)
 
-    def _captured(
-        self, run: Callable[[], list[torch.Tensor]], keep: bool
-    ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    def _captured(self, run: Callable[[], list[torch.Tensor]], keep: bool) -> tuple[OwnGraph, list[torch.Tensor]]:
         """Capture a call as a graph, and what it returns; `keep` for one that the driver can be asked about."""
-        graph = torch.cuda.CUDAGraph(keep_graph=keep)
-        if not self._in_pool:  # torch does not take up a pool again whose graphs are all gone
-            self._pool = torch.cuda.graph_pool_handle()
-        with GATE.capture():
-            try:
-                with capturing(graph, self._device, self._pool, self._own.stream):
-                    outputs = run()
-            except BaseException:
-                self._in_pool, self._own = weakref.WeakSet(), own_stream(self._device)
-                raise
-            self._in_pool.add(graph)
-            if not self._overlap:
-                waiting = wait_for_ends(graph.raw_cuda_graph())
-                logger.debug("%d kernels of a CUDA graph wait for the one ahead", waiting)
-            if keep:
-                graph.instantiate()
+        graph = OwnGraph(keep_graph=keep)
+        try:
+            if self._pools_own is None:
+                # torch does not take up a pool again whose graphs are all gone, and keeps its memory for nothing.
+                self._pool, own = torch.cuda.graph_pool_handle(), OwnGraph(keep_graph=True)
+                with capturing(own, self._device, self._pool, self._own.stream):
+                    torch.zeros(1, device=self._device)
+                self._pools_own = own
+            with capturing(graph, self._device, self._pool, self._own.stream):
+                outputs = run()
+        except BaseException:
+            self._pools_own, self._own = None, own_stream(self._device)
+            raise
+        if not self._overlap:
+            logger.debug("%d kernels of a CUDA graph wait for the one ahead", wait_for_ends(graph.raw_cuda_graph()))
+        if keep:
+            graph.instantiate()
         return graph, outputs
 
     def recycle(self, captured: Captured) -> None:

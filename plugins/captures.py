@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,12 +15,41 @@ import torch
 from .streams import own_stream
 
 _one_at_a_time = threading.RLock()
+_under_way = threading.Event()  # a capture, in the thread that has the lock
+_gone: deque[OwnGraph] = deque()
+
+
+class OwnGraph(torch.cuda.CUDAGraph):
+    """A CUDA graph that goes while none is captured, whatever thread lets go of it.
+
+    torch's generator has a set of all graphs, which each enters when its capture begins and leaves when it goes, and no
+    lock for it: two threads that do so at once end the process ("The graph should be registered to the state").
+    """
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():
+            _gone.append(self)  # so it is there again, and goes with the next line or when a capture is over
+            _let_go()
+
+
+def _let_go() -> None:
+    """Let go of graphs that nobody has, or leave that to the thread that captures; never waits."""
+    while _gone and _one_at_a_time.acquire(blocking=False):
+        try:
+            if _under_way.is_set():  # in this very thread
+                return
+            _gone.clear()
+        finally:
+            _one_at_a_time.release()
 
 
 def wait_for_device(device: torch.device | int | None = None) -> None:
     """torch.cuda.synchronize, when no capture of ours is under way in any thread: it would fail, and spoil that."""
-    with _one_at_a_time:
-        torch.cuda.synchronize(device)
+    try:
+        with _one_at_a_time:
+            torch.cuda.synchronize(device)
+    finally:
+        _let_go()
 
 
 @contextmanager
@@ -32,7 +63,7 @@ def capturing(
     generator takes each draw for a part of it ("Offset increment outside graph capture").
 
     Args:
-        graph: to capture into.
+        graph: to capture into; an `OwnGraph` where several threads may have graphs.
         device: CUDA device, the current one.
         pool: of `torch.cuda.graph_pool_handle`, for the graph's memory; None for one of its own. After a failure it
             is not to be used again.
@@ -45,16 +76,22 @@ def capturing(
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     own = own_stream(device) if stream is None else None  # kept for as long
     stream = own.stream if own is not None else stream
-    with _one_at_a_time, _no_garbage_collection(), torch.cuda.stream(stream):
-        try:
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate
-            yield
-            graph.capture_end()
-        except BaseException:
-            with suppress(RuntimeError):  # it says once more that the capture has failed
+    try:
+        with _one_at_a_time, _no_garbage_collection(), torch.cuda.stream(stream):
+            try:
+                _under_way.set()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate
+                yield
                 graph.capture_end()
-            _forget(device, pool)
-            raise
+            except BaseException:
+                with suppress(RuntimeError):  # it says once more that the capture has failed
+                    graph.capture_end()
+                _forget(device, pool)
+                raise
+            finally:
+                _under_way.clear()
+    finally:
+        _let_go()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .captures import capturing, wait_for_device
+from .captures import OwnGraph, capturing, wait_for_device
 from .check_report import Finding
 from .check_samples import Call, flat_results
 from .check_values import Subject, _words
@@ -52,7 +52,7 @@ def check_graph(subject: Subject) -> Iterator[Finding]:
     """Capture a call in a CUDA graph, and replay it with other values."""
     for call, expected in zip(subject.calls, subject.results, strict=True):
         static = call.clone()
-        graph = torch.cuda.CUDAGraph()
+        graph = OwnGraph()
         side = torch.cuda.Stream(subject.device)
         side.wait_stream(torch.cuda.current_stream(subject.device))
         try:

@@ -71,7 +71,7 @@ class StreamPool:
 
 def _create(index: int) -> int:
     with torch.cuda.device(index):
-        torch.cuda.current_stream()  # makes torch's context the current one
+        torch.cuda.set_device(index)  # makes torch's context that of this thread, also of a new one
         handle = ctypes.c_void_p()
         check(library().cuStreamCreate(ctypes.byref(handle), _NON_BLOCKING), "cuStreamCreate")
     assert handle.value is not None

@@ -35,7 +35,7 @@ from torch import nn
 
 import trtbridge as tb
 from trtbridge.bridge.graph_capture import Capturer
-from trtbridge.plugins.captures import capturing
+from trtbridge.plugins.captures import OwnGraph, capturing
 from trtbridge.plugins.streams import own_stream
 
 BATCHES = (1, 2, 4, 16)
@@ -141,7 +141,7 @@ class Fast:
 
         def step() -> None:
             x = self._given[4]
-            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            graph = OwnGraph(keep_graph=True)
             with capturing(graph, self.device, stream=own.stream):
                 for _ in range(30):
                     x = torch.relu(x)

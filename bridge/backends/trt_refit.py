@@ -80,7 +80,7 @@ def refit_plan(
     require_ops(plugins)
     host = plugin_host(flavour.module) if plugins else None
     with torch.cuda.device(device), tf32_environment(flavour, bool(engine.info.get("tf32"))):
-        torch.cuda.current_stream()  # makes torch's context the current one
+        torch.cuda.set_device(device)  # makes torch's context that of this thread, also where it is a new one
         logger = trt.Logger(trt.ILogger.ERROR)
         runtime = trt.Runtime(logger)
         loaded = runtime.deserialize_cuda_engine(engine.parts[_PLAN_PART])

@@ -59,7 +59,7 @@ class TensorRtExecutable:
         self._host = plugin_host(flavour.module) if plugins else None
         plan = engine.parts[ENGINE_PART]
         with torch.cuda.device(self.device), tf32_environment(flavour, self._tf32):
-            torch.cuda.current_stream()  # makes torch's context the current one
+            torch.cuda.set_device(self.device)  # makes torch's context that of this thread, also of a new one
             self._logger = trt.Logger(trt.ILogger.ERROR)
             self._runtime = trt.Runtime(self._logger)
             loaded = self._runtime.deserialize_cuda_engine(plan)

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Graph:
-    """In the place of a torch.cuda.CUDAGraph."""
+    """In the place of an OwnGraph."""
 
     def __init__(self, keep_graph: bool) -> None: ...
 
@@ -53,7 +53,7 @@ class Pools:
 def pools(monkeypatch: pytest.MonkeyPatch) -> Pools:
     found = Pools()
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", found.handle)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(graph_capture, "OwnGraph", Graph)
     monkeypatch.setattr(graph_capture, "capturing", found.capturing)
     monkeypatch.setattr(graph_capture, "StreamOrder", lambda device: SimpleNamespace(memory=None))
     monkeypatch.setattr(graph_capture, "own_stream", lambda device: SimpleNamespace(stream=None))
@@ -64,17 +64,18 @@ def capturer() -> Capturer:
     return Capturer(lambda inputs, lane: [], LaneMaker([], CPU, True), CPU)
 
 
-def test_graphs_share_a_pool_while_there_are_some(pools: Pools) -> None:
+def test_graphs_share_a_pool_also_after_all_are_gone(pools: Pools) -> None:
     made = capturer()
     graphs = [made._captured(list, keep=True) for _ in range(3)]
-    assert pools.using == {1: 3}
+    assert pools.using == {1: 4}, "one of the pool's own"
     del graphs[:2]
     graphs.append(made._captured(list, keep=True))
-    assert pools.using == {1: 2}
+    assert pools.using == {1: 3}
     graphs.clear()
     again = made._captured(list, keep=True), made._captured(list, keep=True)
-    assert pools.using == {1: 0, 2: 2}, "torch would refuse the first one"
-    del again
+    assert pools.using == {1: 3}
+    del again, made
+    assert pools.using == {1: 0}, "its memory can be given back"
 
 
 def test_a_pool_whose_capture_failed_is_left(pools: Pools) -> None:
@@ -87,5 +88,5 @@ def test_a_pool_whose_capture_failed_is_left(pools: Pools) -> None:
     with pytest.raises(ValueError, match="no"):
         made._captured(fail, keep=True)
     other = made._captured(list, keep=True)
-    assert pools.using[2] == 1
+    assert pools.using == {1: 1, 2: 2}
     del kept, other

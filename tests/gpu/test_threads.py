@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +17,10 @@ from helpers import Report
 import trtbridge as tb
 from trtbridge.bridge import host_thread
 from trtbridge.bridge.backends import trt_run
+from trtbridge.plugins.streams import own_stream
 
 THREADS, CALLS = 8, 40
+SOAK = Path(__file__).parents[2] / "scripts" / "soak_fast.py"
 _seen: list[tuple[str, int, bool, int]] = []
 
 
@@ -146,3 +152,25 @@ def test_a_plugin_may_wait_for_another_threads_call(
     with ThreadPoolExecutor(3) as pool:
         for result in pool.map(lambda _: outer(x), range(9)):
             torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_captures_beside_calls_of_other_threads(cuda: torch.device, report: Report, tmp_path: Path) -> None:
+    """Without plugins/capture_gate.py TensorRT-RTX 1.6.1 ends such a process, mostly within 15 seconds, and without
+    `OwnGraph` torch does now and then: in a process of its own."""
+    found = tmp_path / "found.json"
+    kinds = "plain,plain,captures,captures"
+    command = [sys.executable, str(SOAK), "--seconds", "20", "--kinds", kinds, "--json", str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    counts = json.loads(found.read_text())["done"]
+    report("captures beside calls", **counts)
+    assert counts["captures"] > 100
+    assert counts["plain"] > 100
+
+
+def test_a_stream_of_our_own_in_a_new_thread(cuda: torch.device) -> None:
+    """It has no CUDA context yet, and torch's current stream gives it none."""
+    several = [own_stream(cuda) for _ in range(64)]  # more than were given back
+    with ThreadPoolExecutor(1) as pool:
+        made = [pool.submit(own_stream, cuda).result(60) for _ in range(2)]
+    assert len({each.stream.cuda_stream for each in several + made}) == 66

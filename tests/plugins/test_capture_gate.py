@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -176,7 +176,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return log
 
 
-def test_graphs_are_captured_changed_and_made_within_it(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own_inputs", [True, False])
+def test_graphs_are_captured_changed_and_made_within_it(
+    asked: list[str], own_inputs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Graph:
         def __init__(self, keep_graph: bool) -> None: ...
 
@@ -202,13 +205,14 @@ def test_graphs_are_captured_changed_and_made_within_it(asked: list[str], monkey
         return []
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(Capturer, "_on_own_stream", lambda self: nullcontext())
     for name, value in (
+        ("OwnGraph", Graph),
         ("capturing", capturing),
         ("wait_for_ends", wait_for_ends),
         ("copy_nodes", copy_nodes),
         ("StreamOrder", lambda device: SimpleNamespace(memory=None)),
-        ("own_stream", lambda device: SimpleNamespace(stream=None)),
+        ("own_stream", lambda device: SimpleNamespace(stream=SimpleNamespace(synchronize=lambda: None))),
     ):
         monkeypatch.setattr(graph_capture, name, value)
     cpu = torch.device("cpu")
@@ -218,12 +222,12 @@ def test_graphs_are_captured_changed_and_made_within_it(asked: list[str], monkey
         return []
 
     made = Capturer(run, LaneMaker([], cpu, True), cpu, overlap=False)
-    made._captured(lambda: run([], None), keep=True)
-    assert asked == ["capture", "begin", "run", "change", "instantiate", "end"]
-    asked.clear()
-    made._capture_with_copies([], [], [], None)  # type: ignore[arg-type]
-    inner = ["capture", "begin", "run", "change", "instantiate", "end"]
-    assert asked == ["capture", *inner, "ask", "end"]
+    made.copies_inside = own_inputs
+    made._pools_own = Graph(keep_graph=True)  # type: ignore[assignment]
+    made.capture([], own_inputs)
+    copies = ["ask"] if own_inputs else []
+    # A plain call first, which compiles kernels and may take long, and one at the end, which unties the graph.
+    assert asked == ["run", "capture", "begin", "run", "change", "instantiate", *copies, "run", "end"]
 
 
 def test_contexts_are_made_within_it(asked: list[str]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from trtbridge.plugins import captures
-from trtbridge.plugins.captures import capturing, wait_for_device
+from trtbridge.plugins.captures import OwnGraph, capturing, wait_for_device
 
 DEVICE = torch.device("cuda", 0)
 
@@ -121,3 +123,62 @@ def test_the_device_is_not_waited_for_while_another_thread_captures(
             assert not waited
         waiting.result(10)
     assert waited == [False]
+
+
+class Kept(Graph):
+    """In the place of an `OwnGraph`."""
+
+    __del__ = OwnGraph.__del__
+
+
+def test_a_graph_goes_at_once_where_none_is_captured(cuda: Cuda) -> None:
+    graph = Kept()
+    ref = weakref.ref(graph)
+    with capture(graph):
+        pass
+    del graph
+    assert ref() is None
+
+
+def test_a_graph_waits_for_the_end_of_a_capture_in_its_own_thread(cuda: Cuda) -> None:
+    graph = Kept()
+    ref = weakref.ref(graph)
+    with capture(Graph()):
+        del graph
+        assert len(captures._gone) == 1
+    assert ref() is None
+    assert not captures._gone
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_that_another_thread_lets_go_of_waits_for_the_end_of_a_capture(cuda: Cuda, fails: bool) -> None:
+    found: list[int] = []
+
+    def live() -> None:
+        Kept()
+        found.append(len(captures._gone))
+
+    with suppress(KeyError), capture(Graph()):
+        other = threading.Thread(target=live)
+        other.start()
+        other.join(30)
+        assert not other.is_alive(), "it does not wait"
+        assert found == [1]
+        if fails:
+            raise KeyError
+    assert not captures._gone
+
+
+def test_a_graph_that_another_thread_lets_go_of_waits_for_the_device(cuda: Cuda, monkeypatch: Any) -> None:
+    seen: list[int] = []
+
+    def synchronize(device: Any) -> None:
+        other = threading.Thread(target=Kept)
+        other.start()
+        other.join(30)
+        seen.append(len(captures._gone))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    wait_for_device(DEVICE)
+    assert seen == [1]
+    assert not captures._gone
