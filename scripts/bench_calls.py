@@ -28,6 +28,7 @@ _SHAPES = 8
 _SAMPLES = 20
 _OVERLAPPED = "True, overlapped"
 _PARALLEL = "True, parallel_replays"
+_TWO_SETS = "True, two sets"
 _OWN = "own modules"
 _IN_TURN = "one thread, own modules"  # each call is of another one, whose contexts are in no cache of the host
 _CHECKED = 100  # results of each thread that are compared
@@ -138,13 +139,15 @@ def threads(model: str, settings: Settings, keep: Keep) -> list[Row]:
         "False": {"cuda_graphs": False, **fixed},
         "True": {"cuda_graphs": True},
         _PARALLEL: {"cuda_graphs": True, "parallel_replays": settings.threads},
+        _TWO_SETS: {"cuda_graphs": True, "parallel_replays": 2},
         _OVERLAPPED: {"cuda_graphs": True, "overlap_kernels": True},
     }.items():
         module = tb.load(program_file(settings, model), models.here(), **options)
-        others = 0 if mode == _PARALLEL else settings.threads - 1  # that is what it makes needless
+        has_sets = mode in (_PARALLEL, _TWO_SETS)
+        others = 0 if has_sets else settings.threads - 1  # that is what sets make needless
         several = [module, *(copy.deepcopy(module) for _ in range(others))]
         crowds = {"one thread": [[module]], "one module": [[module]] * settings.threads}
-        if mode != _PARALLEL:
+        if not has_sets:
             crowds |= {_IN_TURN: [several], _OWN: [[one] for one in several]}
         with ExitStack() as pools:
             ways = {

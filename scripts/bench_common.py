@@ -50,7 +50,7 @@ class Settings:
         batch_ms: length of such a batch, in milliseconds.
         host_calls: calls in a row for the host time.
         random_calls: calls with random shapes.
-        thread_calls: calls of each thread, in each batch.
+        thread_calls: calls of each thread, in each batch: few, as what a host does changes by a third within seconds.
         threads: how many.
         inductor: modes of torch.compile.
         rounds: how often the eight shapes come in turn.
@@ -62,7 +62,7 @@ class Settings:
     batch_ms: float = 2 if DRY_RUN else 30
     host_calls: int = 20 if DRY_RUN else 1000
     random_calls: int = 100 if DRY_RUN else 10_000
-    thread_calls: int = 10 if DRY_RUN else 100
+    thread_calls: int = 10 if DRY_RUN else 30
     threads: int = 4 if DRY_RUN else 8
     inductor: tuple[str, ...] = ("reduce-overhead", "max-autotune")
     rounds: int = 4 if DRY_RUN else 10
