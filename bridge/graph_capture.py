@@ -208,8 +208,9 @@ class Capturer:
         self._spare.append(captured.lane)
 
     def clear(self) -> None:
-        """Let go of what was taken back."""
+        """Let go of what was taken back, and of the pool, whose memory is free when its last graph goes."""
         self._spare.clear()
+        self._pools_own = None
 
     def is_slower(self, captured: Captured) -> bool:
         """Whether a replay takes more time than a plain call, on the graph's own tensors.

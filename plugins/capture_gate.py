@@ -1,8 +1,9 @@
 """While one thread captures a CUDA graph, no other gives an engine's kernels to a device or makes execution contexts.
 
-TensorRT-RTX 1.6.1 otherwise ends the process now and then, with a segmentation fault in the driver within an enqueue
-(docs/runtime.md has what was seen). Captures are rare, so whoever captures is let in first; and whoever has waited long
-goes ahead all the same, as what is under way may be waiting for him: an enqueue may call a plugin, and a capture does.
+TensorRT-RTX 1.6.1 records one event of the process in every enqueue, and a capture makes that event a part of its
+graph. CUDA lets one thread at a time work on a graph; a process in which two did ended with a segmentation fault
+(docs/runtime.md has what was seen). Captures are rare, so whoever captures is let in first. Whoever has waited for
+long goes ahead all the same: an enqueue and a capture may call plugins, and those may wait for just this thread.
 """
 
 from __future__ import annotations

@@ -78,6 +78,19 @@ def test_graphs_share_a_pool_also_after_all_are_gone(pools: Pools) -> None:
     assert pools.using == {1: 0}, "its memory can be given back"
 
 
+def test_memory_is_given_back_where_all_graphs_are_forgotten(pools: Pools) -> None:
+    made = capturer()
+    bound, cached = made._captured(list, keep=True), made._captured(list, keep=True)
+    del cached
+    made.clear()
+    assert pools.using == {1: 1}, "what is bound stays"
+    other = made._captured(list, keep=True)
+    assert pools.using == {1: 1, 2: 2}
+    del bound
+    assert pools.using == {1: 0, 2: 2}
+    del other
+
+
 def test_a_pool_whose_capture_failed_is_left(pools: Pools) -> None:
     made = capturer()
     kept = made._captured(list, keep=True)
