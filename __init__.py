@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .passes.default import DEFAULT
     from .passes.pipeline import Pass, Pipeline
     from .plugins.authoring import plugin
+    from .plugins.captures import exclusive_capture
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ _LAZY = {
     "compare": ".bridge.compare",
     "convert": ".bridge.convert",
     "convert_submodules": ".bridge.submodules",
+    "exclusive_capture": ".plugins.captures",
     "explain": ".bridge.explain",
     "export": ".bridge.export",
     "load": ".bridge.convert",
@@ -117,6 +119,7 @@ __all__ = [
     "compare",
     "convert",
     "convert_submodules",
+    "exclusive_capture",
     "explain",
     "export",
     "load",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .capture_gate import GATE
 from .streams import own_stream
 
 _one_at_a_time = threading.RLock()
@@ -76,20 +77,47 @@ def capturing(
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     own = own_stream(device) if stream is None else None  # kept for as long
     stream = own.stream if own is not None else stream
-    try:
-        with _one_at_a_time, _no_garbage_collection(), torch.cuda.stream(stream):
-            try:
-                _under_way.set()
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate
-                yield
+    with _alone(), torch.cuda.stream(stream):
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate
+            yield
+            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # it says once more that the capture has failed
                 graph.capture_end()
-            except BaseException:
-                with suppress(RuntimeError):  # it says once more that the capture has failed
-                    graph.capture_end()
-                _forget(device, pool)
-                raise
+            _forget(device, pool)
+            raise
+
+
+@contextmanager
+def exclusive_capture() -> Iterator[None]:
+    """Around a capture of your own while other threads use modules of this package, which wait meanwhile::
+
+        graph = torch.cuda.CUDAGraph()
+        module(x)  # with these shapes, so that there is an idle execution context
+        with tb.exclusive_capture(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            y = module(x)
+
+    No plain call begins, no module captures or lets go of a CUDA graph, and Python's garbage collector does not run by
+    itself. Whoever waits for longer than a second goes ahead (plugins/capture_gate.py says why), as does this thread
+    when a call of another one takes longer than ten. Without CUDA it does nothing that one would see.
+    """
+    with GATE.capture(), _alone():
+        yield
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No other thread captures, and no graph goes."""
+    try:
+        with _one_at_a_time, _no_garbage_collection():
+            inside_another = _under_way.is_set()
+            _under_way.set()
+            try:
+                yield
             finally:
-                _under_way.clear()
+                if not inside_another:
+                    _under_way.clear()
     finally:
         _let_go()
 

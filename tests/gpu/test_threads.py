@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -174,3 +175,37 @@ def test_a_stream_of_our_own_in_a_new_thread(cuda: torch.device) -> None:
     with ThreadPoolExecutor(1) as pool:
         made = [pool.submit(own_stream, cuda).result(60) for _ in range(2)]
     assert len({each.stream.cuda_stream for each in several + made}) == 66
+
+
+def test_captures_of_the_callers_own_beside_calls_of_other_threads(backend: str, cuda: torch.device) -> None:
+    linear = torch.nn.Linear(64, 64).to(cuda)
+    x = torch.randn(8, 64, device=cuda)
+    module = tb.convert(linear, (x,), backend=backend, cuda_graphs=False)
+    captured = copy.deepcopy(module)  # no other thread takes the context that a call leaves for the capture
+    with torch.no_grad():
+        expected = linear(x)
+    torch.cuda.synchronize()
+    stop = threading.Event()
+
+    def calls() -> int:
+        made, own = 0, own_stream(cuda)  # torch has few streams, and one of them is that of captures
+        with torch.cuda.stream(own.stream):
+            while not stop.is_set():
+                torch.testing.assert_close(module(x), expected, rtol=1e-2, atol=1e-2)
+                made += 1
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        callers = [pool.submit(calls) for _ in range(2)]
+        try:
+            for _ in range(30):
+                captured(x)
+                graph = torch.cuda.CUDAGraph()
+                with tb.exclusive_capture(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    result = captured(x)
+                result.zero_()
+                graph.replay()
+                torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
+        finally:
+            stop.set()
+        assert all(caller.result(60) for caller in callers)

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from trtbridge.plugins import captures
+import trtbridge as tb
+from trtbridge.plugins import capture_gate, captures
+from trtbridge.plugins.capture_gate import GATE
 from trtbridge.plugins.captures import OwnGraph, capturing, wait_for_device
 
 DEVICE = torch.device("cuda", 0)
@@ -182,3 +184,50 @@ def test_a_graph_that_another_thread_lets_go_of_waits_for_the_device(cuda: Cuda,
     wait_for_device(DEVICE)
     assert seen == [1]
     assert not captures._gone
+
+
+def test_a_capture_of_the_callers_own_is_alone(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enqueues and captures of other threads wait for its end, and so do graphs that they let go of."""
+    monkeypatch.setattr(capture_gate, "PATIENCE_S", 1000.0)
+    log: list[str] = []
+
+    def enqueue() -> None:
+        GATE.enter()
+        log.append("enqueue")
+        GATE.leave()
+
+    def capture_too() -> None:
+        with GATE.capture(), capture(Graph()):
+            log.append("capture")
+
+    others = [threading.Thread(target=work) for work in (enqueue, capture_too)]
+    lets_go = threading.Thread(target=Kept)
+    with tb.exclusive_capture():
+        assert not gc.isenabled()
+        with capture(Graph()):  # a module of this thread may capture, too
+            GATE.enter()  # and calls
+            GATE.leave()
+        lets_go.start()
+        lets_go.join(30)
+        assert len(captures._gone) == 1, "also after the capture inside"
+        for other in others:
+            other.start()
+        others[0].join(0.2)
+        log.append("end")
+    for other in others:
+        other.join(30)
+    assert log[0] == "end"
+    assert sorted(log) == ["capture", "end", "enqueue"]
+    assert not captures._gone
+    assert gc.isenabled()
+
+
+def test_a_capture_of_the_callers_own_that_fails_is_over(cuda: Cuda) -> None:
+    with pytest.raises(KeyError, match="mine"), tb.exclusive_capture():
+        raise KeyError("mine")
+    Kept()
+    assert not captures._gone
+    other = threading.Thread(target=lambda: (GATE.enter(), GATE.leave()))
+    other.start()
+    other.join(30)
+    assert not other.is_alive()

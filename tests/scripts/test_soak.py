@@ -84,12 +84,14 @@ def test_options_by_force(soak: Any) -> None:
     assert "out_of_range" not in soak.runtime_options(Random(0))
 
 
-def test_without_gate() -> None:
+def test_without_gate(soak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captures and enqueues are kept apart, but where a soak forces them not to be."""
     import soak_forced
 
+    from trtbridge.plugins import capture_gate
     from trtbridge.plugins.capture_gate import CaptureGate
 
+    monkeypatch.setattr(capture_gate, "PATIENCE_S", 1000.0)
     gate = CaptureGate()
     log: list[str] = []
 
