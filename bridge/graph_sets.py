@@ -2,7 +2,8 @@
 
 One graph cannot run twice at once: a replay writes to the graph's own memory. With one set, calls of several threads
 are right and take turns on the device, which small inputs leave mostly idle. Each further set has graphs, contexts and
-scratch memory of its own; weights are shared by all.
+scratch memory of its own; weights are shared by all. Unless a number of sets is asked for there is a second one only
+where streams take turns again and again: one that warms a module up makes none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from .cuda_graphs import GraphCache
 
 _MOST_STREAMS = 1024  # whose set is remembered
+_AUTO_SETS = 2
+_AUTO_TURNS = 8  # calls right after one of another stream, before a stream has a set for good
 
 
 class GraphSets:
@@ -25,14 +28,16 @@ class GraphSets:
     Args:
         make: makes a set; told whether it may find by measuring that plain calls are faster, which the first one alone
             does: later ones would measure beside other calls.
-        most: how many sets there may be.
+        most: how many sets there may be: "auto" is two, made for streams that take turns.
         stream: the handle of torch's current stream.
     """
 
-    def __init__(self, make: Callable[[bool], GraphCache], most: int, stream: Callable[[], int]) -> None:
+    def __init__(self, make: Callable[[bool], GraphCache], most: int | str, stream: Callable[[], int]) -> None:
         self._make = make
-        self._most = most
+        self._most, self._turns_first = (_AUTO_SETS, _AUTO_TURNS) if isinstance(most, str) else (most, 0)
         self._stream = stream
+        self._last = -1  # stream of the last call
+        self._turns: Counter[int] = Counter()  # of streams without a set
         self._sets = [make(True)]
         self._of_stream: OrderedDict[int, GraphCache] = OrderedDict()
         self._lock = threading.RLock()
@@ -90,20 +95,35 @@ class GraphSets:
             yield
 
     def _pick(self) -> GraphCache:
-        """The set of torch's current stream. Streams take the sets in turn: what is given to one stream runs in order,
-        and gains nothing from a second set. What the first has found out about plain calls counts for all.
+        """The set of torch's current stream: what is given to one stream runs in order, and gains nothing from a second
+        set. What the first has found out about plain calls counts for all, and it is there where another can have no
+        graphs, as for lack of memory.
         """
         first = self._sets[0]
         if self._most == 1 or first.refusal:
             return first
+        stream = self._stream()
+        last, self._last = self._last, stream
+        chosen = self._of_stream.get(stream)
+        if chosen is None:
+            if self._turns_first and last == stream:
+                return first
+            chosen = self._choose(stream)
+        return first if chosen.refusal else chosen
+
+    def _choose(self, stream: int) -> GraphCache:
+        """Streams take the sets in turn and keep theirs."""
         with self._lock:
-            stream = self._stream()
-            chosen = self._of_stream.get(stream)
-            if chosen is None:
-                if self._next >= len(self._sets):
-                    self._sets.append(self._make(False))
-                chosen = self._of_stream[stream] = self._sets[self._next]
-                self._next = (self._next + 1) % self._most
-                if len(self._of_stream) > _MOST_STREAMS:
-                    self._of_stream.popitem(last=False)
+            if self._turns[stream] < self._turns_first:
+                if len(self._turns) > _MOST_STREAMS:
+                    self._turns.clear()
+                self._turns[stream] += 1
+                return self._sets[0]
+            if self._next >= len(self._sets):
+                self._sets.append(self._make(False))
+            chosen = self._of_stream[stream] = self._sets[self._next]
+            self._next = (self._next + 1) % self._most
+            self._turns.pop(stream, None)
+            if len(self._of_stream) > _MOST_STREAMS:
+                self._of_stream.popitem(last=False)
             return chosen

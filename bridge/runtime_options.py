@@ -25,7 +25,8 @@ class RuntimeOptions:
         max_graphs: most CUDA graphs that are kept, one for each combination of input shapes (and each of the
             `parallel_replays`). Where there are more, the one that was not used for longest makes room.
         parallel_replays: most replays that run at once, of calls on different streams. Each has graphs of its own, with
-            contexts and scratch memory; weights are shared. With 1 they run one after the other.
+            contexts and scratch memory; weights are shared. With 1 they run one after the other; "auto" is 1 until
+            streams take turns again and again, and then 2.
         reuse_outputs: results of replays are the graph's own tensors, valid until the next call, in place of fresh
             ones; saves one copy.
         max_contexts: most calls that run at once; each has execution contexts and scratch memory of its own. Further
@@ -43,7 +44,7 @@ class RuntimeOptions:
 
     cuda_graphs: bool | str = "auto"
     max_graphs: int = 16
-    parallel_replays: int = 1
+    parallel_replays: int | str = "auto"
     reuse_outputs: bool = False
     max_contexts: int = 8
     share_workspace: bool = True
@@ -56,9 +57,10 @@ class RuntimeOptions:
         may_overlap = self.overlap_kernels is None or isinstance(self.overlap_kernels, bool)
         self._need(may_overlap, "overlap_kernels", "True, False or None")
         self._need(isinstance(self.cuda_graphs, bool) or self.cuda_graphs == "auto", "cuda_graphs", 'a bool or "auto"')
-        for name in ("max_graphs", "parallel_replays", "max_contexts"):
-            value = getattr(self, name)
-            self._need(isinstance(value, int) and not isinstance(value, bool) and value > 0, name, "an int above 0")
+        for name in ("max_graphs", "max_contexts"):
+            self._need(_is_count(getattr(self, name)), name, "an int above 0")
+        replays = self.parallel_replays
+        self._need(_is_count(replays) or replays == "auto", "parallel_replays", 'an int above 0 or "auto"')
         strategies = (None, *SPECIALIZATIONS)
         self._need(self.kernel_specialization in strategies, "kernel_specialization", f"one of {strategies}")
 
@@ -84,3 +86,7 @@ class RuntimeOptions:
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise OptionError(f"There is no run-time option {name!r}.{hint} Options: {', '.join(known)}.")
         return cls(**given)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

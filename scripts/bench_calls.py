@@ -28,7 +28,7 @@ _SHAPES = 8
 _SAMPLES = 20
 _OVERLAPPED = "True, overlapped"
 _PARALLEL = "True, parallel_replays"
-_TWO_SETS = "True, two sets"
+_ONE_SET = "True, one set"
 _OWN = "own modules"
 _IN_TURN = "one thread, own modules"  # each call is of another one, whose contexts are in no cache of the host
 _CHECKED = 100  # results of each thread that are compared
@@ -139,12 +139,12 @@ def threads(model: str, settings: Settings, keep: Keep) -> list[Row]:
         "False": {"cuda_graphs": False, **fixed},
         "True": {"cuda_graphs": True},
         _PARALLEL: {"cuda_graphs": True, "parallel_replays": settings.threads},
-        _TWO_SETS: {"cuda_graphs": True, "parallel_replays": 2},
+        _ONE_SET: {"cuda_graphs": True, "parallel_replays": 1},
         _OVERLAPPED: {"cuda_graphs": True, "overlap_kernels": True},
     }.items():
         module = tb.load(program_file(settings, model), models.here(), **options)
-        has_sets = mode in (_PARALLEL, _TWO_SETS)
-        others = 0 if has_sets else settings.threads - 1  # that is what sets make needless
+        has_sets = mode in (_PARALLEL, _ONE_SET)
+        others = 0 if has_sets else settings.threads - 1  # sets are of one module
         several = [module, *(copy.deepcopy(module) for _ in range(others))]
         crowds = {"one thread": [[module]], "one module": [[module]] * settings.threads}
         if not has_sets:

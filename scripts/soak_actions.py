@@ -159,7 +159,7 @@ class Soak:
         options: dict[str, Any] = {"max_contexts": pick.choice([1, 2, 8]), "share_workspace": pick.random() < 0.7}
         if self.device.type == "cuda":
             options |= {"cuda_graphs": pick.choice([False, True, True, "auto"]), "max_graphs": pick.choice([2, 16])}
-            options["parallel_replays"] = pick.choice([1, 1, 3])
+            options["parallel_replays"] = pick.choice(["auto", 1, 3])
         return options
 
     def load(self, path: Path, pick: Random) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import cast
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from fake_capturer import FakeCapturer
 
 import trtbridge as tb
+from trtbridge.bridge import graph_sets
 from trtbridge.bridge.cuda_graphs import GraphCache
 from trtbridge.bridge.graph_capture import Capturer
 from trtbridge.bridge.graph_sets import GraphSets
@@ -18,7 +20,7 @@ from trtbridge.bridge.graph_sets import GraphSets
 class Crowd:
     """Sets over fake capturers, called from streams by number."""
 
-    def __init__(self, most: int, measure: bool = False) -> None:
+    def __init__(self, most: int | str, measure: bool = False) -> None:
         self.stream = 0
         self.capturers: list[FakeCapturer] = []
         self.measures: list[bool] = []
@@ -139,7 +141,49 @@ def test_who_holds_the_sets_keeps_all_streams_waiting() -> None:
     assert crowd.sets.counters["graph_replays"] == 3
 
 
+def test_streams_that_take_turns_have_two_sets_by_themselves() -> None:
+    crowd = Crowd(most="auto")
+    for _ in range(graph_sets._AUTO_TURNS):
+        for stream in range(6):
+            crowd.call(stream)
+    assert (crowd.sets.sets, crowd.captures) == (1, [1]), "until then they share one"
+    for _ in range(2):
+        calls = [crowd.call(stream) for stream in range(6)]
+    assert (crowd.sets.sets, crowd.captures) == (2, [1, 1])
+    assert all(calls)
+    assert Counter(map(id, crowd.sets._of_stream.values())).most_common()[0][1] == 3, "three streams each"
+
+
+def test_a_stream_that_warms_up_makes_no_set() -> None:
+    crowd = Crowd(most="auto")
+    for stream in (5, 1, 6, 1):
+        for _ in range(50):
+            crowd.call(stream)
+    assert (crowd.sets.sets, crowd.captures) == (1, [1])
+    assert not crowd.sets._of_stream
+
+
+def test_one_stream_among_many_that_come_once_has_no_set() -> None:
+    crowd = Crowd(most="auto")
+    for stream in range(3 * graph_sets._MOST_STREAMS):
+        crowd.call(stream)
+    assert crowd.sets.sets == 1
+    assert len(crowd.sets._turns) <= graph_sets._MOST_STREAMS + 1
+
+
+def test_the_first_set_is_there_where_another_can_have_no_graphs() -> None:
+    crowd = Crowd(most=2)
+    assert [crowd.call(1), crowd.call(1), crowd.call(2)] == [False, True, False]
+    second = crowd.sets._of_stream[2]
+    second._give_up("no memory")
+    assert crowd.call(2), "a replay, in the first one"
+    assert crowd.captures == [1, 0]
+    assert crowd.sets.refusal == ""
+
+
 def test_the_option() -> None:
-    assert tb.RuntimeOptions().parallel_replays == 1
-    with pytest.raises(tb.OptionError, match="parallel_replays=0: must be an int above 0"):
-        tb.RuntimeOptions(parallel_replays=0)
+    assert tb.RuntimeOptions().parallel_replays == "auto"
+    assert tb.RuntimeOptions(parallel_replays=3).parallel_replays == 3
+    for value in (0, True, "two", None):
+        with pytest.raises(tb.OptionError, match=f'parallel_replays={value!r}: must be an int above 0 or "auto"'):
+            tb.RuntimeOptions(parallel_replays=value)  # type: ignore[arg-type]
