@@ -158,6 +158,21 @@ def test_streams_wait_for_one_another_or_not(make: Make, eager: Net, cuda: torch
     assert module.stats().captured_graphs == most
 
 
+def test_streams_that_take_turns_have_two_sets_by_themselves(make: Make, eager: Net, cuda: torch.device) -> None:
+    module = make(cuda_graphs=True)
+    calls = [(torch.cuda.Stream(), arguments(4, cuda, seed)) for seed in (1, 2)]
+    torch.cuda.synchronize()
+    for turn in range(12):
+        for stream, given in calls:
+            with torch.cuda.stream(stream):
+                result = module(*given)
+                stream.synchronize()
+                close(result, eager, given)
+        if turn == 6:
+            assert module.stats().captured_graphs == 1, "they may have met by chance"
+    assert module.stats().captured_graphs == module.stats().graph_captures == 2
+
+
 def test_eight_threads_on_four_sets_of_graphs(make: Make, eager: Net, cuda: torch.device) -> None:
     module = make(cuda_graphs=True, parallel_replays=4)
     given = [arguments(batch, cuda, batch) for batch in (1, 2, 3)]
