@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..plugins.capture_gate import GATE
 from ..plugins.driver import DriverError
 from .graph_capture import Captured, Capturer
 
@@ -125,6 +126,8 @@ class GraphCache:
             while len(self._seen) > _PATIENCE * self._most:
                 self._seen.popitem(last=False)
             return None
+        if GATE.is_busy():
+            return None  # nobody waits for kernels of another program: one of the next calls captures
         while len(self._graphs) >= self._most:
             oldest, graph = next(iter(self._graphs.items()))
             if self._calls - graph.last_used <= _PATIENCE * self._most:

@@ -17,9 +17,10 @@ PATIENCE_S = 1.0
 """After so long an enqueue goes ahead beside a capture."""
 CAPTURE_PATIENCE_S = 10.0
 """After so long a capture goes ahead beside an enqueue."""
+LONG_S = 0.05
+"""What enqueues for longer than that compiles kernels, most likely, which may go on for seconds."""
 _FIRST_S = 0.1
-"""So long at a time a capture that waits is let in first; as long after that it is not, as kernels may be compiled in
-what it waits for, which takes seconds."""
+"""So long at a time a capture that waits is let in first; as long after that it is not: what it waits for may last."""
 
 
 class CaptureGate:
@@ -29,6 +30,7 @@ class CaptureGate:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._inside: dict[int, int] = {}  # threads that enqueue, and how deep in it they are
+        self._since: dict[int, float] = {}  # and when they began
         self._waiting = 0  # captures that are to be let in first
         self._capturer = 0  # thread that is alone; 0: none
 
@@ -38,7 +40,10 @@ class CaptureGate:
         with self._lock:
             if self._is_taken() and me not in self._inside and me != self._capturer:
                 self._changed.wait_for(lambda: not self._is_taken(), PATIENCE_S)
-            self._inside[me] = self._inside.get(me, 0) + 1
+            depth = self._inside.get(me, 0)
+            self._inside[me] = depth + 1
+            if not depth:
+                self._since[me] = time.monotonic()
 
     def leave(self) -> None:
         """After what `enter` was called for."""
@@ -47,8 +52,16 @@ class CaptureGate:
             depth = self._inside.pop(me) - 1
             if depth:
                 self._inside[me] = depth
-            elif self._is_taken():
+                return
+            del self._since[me]
+            if self._is_taken():
                 self._changed.notify_all()
+
+    def is_busy(self) -> bool:
+        """Whether another thread has been in for long, so that a capture would wait."""
+        me, before = threading.get_ident(), time.monotonic() - LONG_S
+        with self._lock:
+            return any(since < before for thread, since in self._since.items() if thread != me)
 
     @contextmanager
     def capture(self) -> Iterator[bool]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,6 +23,8 @@ from trtbridge.bridge.cuda_graphs import GraphCache
 from trtbridge.bridge.graph_capture import Capturer
 from trtbridge.bridge.program import EngineStep, Program
 from trtbridge.bridge.runtime_steps import capture_problem
+from trtbridge.plugins import capture_gate
+from trtbridge.plugins.capture_gate import GATE
 from trtbridge.plugins.driver import DriverError
 
 
@@ -47,6 +51,42 @@ def test_the_second_call_with_a_shape_is_captured() -> None:
     assert capturer.captured == [(4, 3)]
     assert cache.counters == {"graph_replays": 2, "graph_captures": 1, "graph_evictions": 0}
     assert capturer.order.log == ["enter", "leave"] * 2
+
+
+def test_nothing_is_captured_while_another_thread_compiles_kernels() -> None:
+    cache, entered, over = _cache(FakeCapturer()), threading.Event(), threading.Event()
+
+    def compile_kernels() -> None:
+        GATE.enter()
+        time.sleep(2 * capture_gate.LONG_S)
+        entered.set()
+        assert over.wait(60)
+        GATE.leave()
+
+    compiling = threading.Thread(target=compile_kernels)
+    compiling.start()
+    assert entered.wait(60)
+    assert [_call(cache, 4) for _ in range(3)] == [False, False, False]
+    over.set()
+    compiling.join(60)
+    assert _call(cache, 4)
+
+
+def test_a_short_enqueue_does_not_keep_from_capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_gate, "LONG_S", 1000.0)
+    cache, entered, over = _cache(FakeCapturer()), threading.Event(), threading.Event()
+    other = threading.Thread(target=lambda: (GATE.enter(), entered.set(), over.wait(60), GATE.leave()))
+    other.start()
+    assert entered.wait(60)
+    assert [_call(cache, 4) for _ in range(2)] == [False, True]
+    over.set()
+    other.join(60)
+    GATE.enter()  # this thread itself, as a plugin that calls a module
+    try:
+        monkeypatch.setattr(capture_gate, "LONG_S", -1.0)
+        assert [_call(cache, 5) for _ in range(2)] == [False, True]
+    finally:
+        GATE.leave()
 
 
 def test_results_are_fresh_or_reused() -> None:
