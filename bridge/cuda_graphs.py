@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ _Key = tuple[torch.Size, ...]
 
 _MOST_FAILURES = 3  # captures that fail one after the other, of different shapes, before none is tried any more
 _ATTEMPTS = 2  # with the same shapes: what another thread does, as torch.cuda.synchronize, may have spoilt the first
+_MOST_DEFERRED_S = 10.0  # what looks as if it compiled kernels may be a device with more work than it can queue
 _PATIENCE = 16  # a graph makes room for another after so many calls without it, times the number of graphs
 
 
@@ -46,7 +48,8 @@ class GraphCache:
         self._measure = measure
         self._fresh_outputs = fresh_outputs
         self._graphs: OrderedDict[_Key, Captured] = OrderedDict()
-        self._seen: OrderedDict[_Key, None] = OrderedDict()  # shapes of one call so far, which was plain
+        # Shapes without a graph, whose calls were plain; and since when there would be one, were it not for others.
+        self._seen: OrderedDict[_Key, float] = OrderedDict()
         self.lock = threading.RLock()
         self._calls = 0
         self._failed: Counter[_Key] = Counter()  # captures that failed, by shapes, with no success since
@@ -122,12 +125,15 @@ class GraphCache:
         """A new graph, unless these shapes are new or there is no room."""
         if key not in self._seen or not all(tensor.numel() for tensor in inputs):
             # A first call is a plain one: most shapes of some programs come once only.
-            self._seen[key] = None
+            self._seen[key] = 0.0
             while len(self._seen) > _PATIENCE * self._most:
                 self._seen.popitem(last=False)
             return None
-        if GATE.is_busy():
-            return None  # nobody waits for kernels of another program: one of the next calls captures
+        if GATE.is_busy():  # nobody waits for kernels of another program: one of the next calls captures
+            now = time.monotonic()
+            wanted = self._seen[key] = self._seen[key] or now
+            if now - wanted < _MOST_DEFERRED_S:
+                return None
         while len(self._graphs) >= self._most:
             oldest, graph = next(iter(self._graphs.items()))
             if self._calls - graph.last_used <= _PATIENCE * self._most:

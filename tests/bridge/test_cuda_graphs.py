@@ -18,7 +18,7 @@ from fake_capturer import FakeCapturer
 from torch._higher_order_ops.scan import scan
 
 import trtbridge as tb
-from trtbridge.bridge import runtime
+from trtbridge.bridge import cuda_graphs, runtime
 from trtbridge.bridge.cuda_graphs import GraphCache
 from trtbridge.bridge.graph_capture import Capturer
 from trtbridge.bridge.program import EngineStep, Program
@@ -53,7 +53,7 @@ def test_the_second_call_with_a_shape_is_captured() -> None:
     assert capturer.order.log == ["enter", "leave"] * 2
 
 
-def test_nothing_is_captured_while_another_thread_compiles_kernels() -> None:
+def test_nothing_is_captured_while_another_thread_compiles_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, entered, over = _cache(FakeCapturer()), threading.Event(), threading.Event()
 
     def compile_kernels() -> None:
@@ -67,6 +67,9 @@ def test_nothing_is_captured_while_another_thread_compiles_kernels() -> None:
     compiling.start()
     assert entered.wait(60)
     assert [_call(cache, 4) for _ in range(3)] == [False, False, False]
+    assert [_call(cache, 5) for _ in range(2)] == [False, False]
+    monkeypatch.setattr(cuda_graphs, "_MOST_DEFERRED_S", 0.0)
+    assert _call(cache, 5), "not for ever"
     over.set()
     compiling.join(60)
     assert _call(cache, 4)
