@@ -20,6 +20,7 @@ from typing import Generic, TypeVar, cast
 
 import torch
 
+from ..plugins.capture_gate import GATE
 from .annotation import current_mark
 
 PATIENCE_S = 1.0
@@ -225,9 +226,10 @@ class HostCalls:
 
 def _can_change_threads() -> bool:
     """Whether a plugin finds in another thread what it would find in this one: modes are not carried over, and ranges
-    and profilers see one thread."""
+    and profilers see one thread. Where this one captures, all others wait for it."""
     return not (
-        torch._C._len_torch_dispatch_stack()
+        GATE.is_mine()
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._is_any_autocast_enabled()
         or torch._C._autograd._profiler_enabled()

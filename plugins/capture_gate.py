@@ -63,6 +63,10 @@ class CaptureGate:
         with self._lock:
             return any(since < before for thread, since in self._since.items() if thread != me)
 
+    def is_mine(self) -> bool:
+        """Whether this thread is the one that captures, alone."""
+        return self._capturer == threading.get_ident()
+
     @contextmanager
     def capture(self) -> Iterator[bool]:
         """To be around a capture and the making of its graph.
@@ -70,11 +74,10 @@ class CaptureGate:
         Yields:
             Whether no other thread is in, or will be before this one leaves or their patience ends.
         """
-        me = threading.get_ident()
-        if self._capturer == me:
+        if self.is_mine():
             yield True
             return
-        alone = self._let_in(me)
+        alone = self._let_in(threading.get_ident())
         try:
             yield alone
         finally:

@@ -94,13 +94,15 @@ def exclusive_capture() -> Iterator[None]:
     """Around a capture of your own while other threads use modules of this package, which wait meanwhile::
 
         graph = torch.cuda.CUDAGraph()
-        module(x)  # with these shapes, so that there is an idle execution context
-        with tb.exclusive_capture(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            y = module(x)
+        with tb.exclusive_capture():
+            module(x)  # with these shapes, so that there is an idle execution context
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                y = module(x)
 
-    No plain call begins, no module captures or lets go of a CUDA graph, and Python's garbage collector does not run by
-    itself. Whoever waits for longer than a second goes ahead (plugins/capture_gate.py says why), as does this thread
-    when a call of another one takes longer than ten. Without CUDA it does nothing that one would see.
+    Other threads give no engine to a device, capture nothing, and let go of no CUDA graph of a module; Python's garbage
+    collector does not run by itself. Whoever waits for longer than a second goes ahead (plugins/capture_gate.py says
+    why), as does this thread when a call of another one takes longer than ten. It raises nothing of its own, and
+    without CUDA there is nothing to wait for.
     """
     with GATE.capture(), _alone():
         yield

@@ -174,11 +174,18 @@ class _Mode(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "mode",
-    [_Mode, lambda: torch.device("meta"), lambda: torch.autocast("cpu"), tb.annotate, torch.profiler.profile],
-    ids=["dispatch", "function", "autocast", "annotate", "profiler"],
+    [
+        _Mode,
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu"),
+        tb.annotate,
+        torch.profiler.profile,
+        tb.exclusive_capture,
+    ],
+    ids=["dispatch", "function", "autocast", "annotate", "profiler", "capture"],
 )
 def test_a_call_in_a_mode_stays_in_its_thread(mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not carried over to another one, or sees one thread alone."""
+    """It is not carried over to another one, or sees one thread alone, or keeps the other one waiting."""
     monkeypatch.setattr(host_thread, "PATIENCE_S", 30.0)
     calls = HostCalls(104)
     calls(SHAPES, lambda: None)
