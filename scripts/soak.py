@@ -1,7 +1,7 @@
 """A long mix of everything that a converted module lives through, with deliberate failures: nothing may come out wrong.
 
     python scripts/soak.py [--minutes 10] [--threads 4] [--json FILE]
-    python scripts/soak.py --load '{"cuda_graphs": false}' --without-gate --handing-over never    to find a cause
+    python scripts/soak.py --load '{"cuda_graphs": true}' --without-gate --handing-over never    to find a cause
 
 Threads call shared modules with shapes at random, bind, copy, save, load and (where the package can) refit them, and
 provoke failures: bad shapes, wrong dtypes, a plugin that fails, files that are damaged, a save killed midway, a disk
