@@ -69,11 +69,14 @@ class GraphCache:
         Returns:
             The results; None where the call is to be a plain one.
         """
+        key = tuple(tensor.shape for tensor in inputs)
+        # While torch takes memory it lets go of Python's lock: whoever gets that would come here and wait for this one.
+        known = self._graphs.get(key)
+        prepared = None if known is None else known.prepare(inputs)
         with self.lock:
             self._calls += 1
             if self.refusal:
                 return None
-            key = tuple(tensor.shape for tensor in inputs)
             captured = self._graphs.get(key)
             if captured is None:
                 captured = self._admit(key, inputs)
@@ -82,9 +85,11 @@ class GraphCache:
             else:
                 self._graphs.move_to_end(key)
             captured.last_used = self._calls
-            self._order.enter()
+            if prepared is None or captured is not known:
+                prepared = captured.prepare(inputs)
+            self._order.enter(captured if captured.is_whole else None)
             try:
-                outputs = captured.call(inputs, self._fresh_outputs)
+                outputs = captured.call(prepared, self._fresh_outputs)
             except DriverError as error:
                 # Memory of some other kind than what was captured: from now on copies are made outside of graphs.
                 logger.info("copies are no parts of CUDA graphs any more: %s", error)
@@ -92,7 +97,8 @@ class GraphCache:
                 self.clear()
                 return None
             finally:
-                self._order.leave()
+                if not captured.is_whole:
+                    self._order.leave()
             self.counters["graph_replays"] += 1
             return outputs
 
@@ -104,9 +110,10 @@ class GraphCache:
     def replay_bound(self, captured: Captured) -> list[torch.Tensor]:
         """Replay a graph of `bind` on torch's current stream; results are its own tensors."""
         with self.lock:
-            self._order.enter()
+            self._order.enter(captured if captured.is_whole else None)
             captured.replay()
-            self._order.leave()
+            if not captured.is_whole:
+                self._order.leave()
             self.counters["graph_replays"] += 1
             return captured.outputs
 

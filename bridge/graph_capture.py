@@ -46,6 +46,19 @@ class Copies:
 
 
 @dataclass
+class Prepared:
+    """What a call needs besides its graph.
+
+    Attributes:
+        inputs: of the call, each in one piece; kept until the replay was given to the device.
+        results: fresh tensors, none where the graph does not write to such.
+    """
+
+    inputs: Sequence[torch.Tensor]
+    results: list[torch.Tensor]
+
+
+@dataclass
 class Captured:
     """A graph with the tensors that it reads and writes.
 
@@ -55,6 +68,7 @@ class Captured:
         outputs: what a replay writes.
         lane: the execution contexts that the graph's kernels belong to.
         copies: those that the graph makes by itself; None where the caller makes them.
+        is_whole: a replay is all that a call gives to the device, and tells `StreamOrder` by itself that it was.
         last_used: number of the last call with it.
     """
 
@@ -63,34 +77,37 @@ class Captured:
     outputs: list[torch.Tensor]
     lane: Lane
     copies: Copies | None = None
+    is_whole: bool = False
     last_used: int = 0
 
-    def call(self, inputs: Sequence[torch.Tensor], fresh_outputs: bool) -> list[torch.Tensor]:
+    def prepare(self, inputs: Sequence[torch.Tensor]) -> Prepared:
+        """Memory for a call, ahead of it: nothing here is of the graph, so no lock is needed."""
+        if self.copies is None:
+            return Prepared(inputs, [])
+        results = [torch.empty_like(tensor) for tensor in self.outputs] if self.copies.outputs else []
+        return Prepared([tensor.contiguous() for tensor in inputs], results)
+
+    def call(self, prepared: Prepared, fresh_outputs: bool) -> list[torch.Tensor]:
         """Replay it on torch's current stream.
 
         Args:
-            inputs: of the call.
+            prepared: of this graph.
             fresh_outputs: results are copies.
 
         Raises:
             DriverError: one of its own copies does not take a tensor's memory: the graph is of no use any more.
         """
         if self.copies is None:
-            _copy(self.inputs, inputs)
+            _copy(self.inputs, prepared.inputs)
             self.replay()
             return [tensor.clone() for tensor in self.outputs] if fresh_outputs else list(self.outputs)
-        plain = [tensor.contiguous() for tensor in inputs]  # kept until the replay was given to the device
-        for copy, tensor in zip(self.copies.inputs, plain, strict=True):
+        for copy, tensor in zip(self.copies.inputs, prepared.inputs, strict=True):
             copy.read_from(tensor.data_ptr())
         self.copies.sources = ()
-        if not self.copies.outputs:
-            self.replay()
-            return list(self.outputs)
-        results = [torch.empty_like(tensor) for tensor in self.outputs]
-        for copy, tensor in zip(self.copies.outputs, results, strict=True):
+        for copy, tensor in zip(self.copies.outputs, prepared.results, strict=True):
             copy.write_to(tensor.data_ptr())
         self.replay()
-        return results
+        return prepared.results or list(self.outputs)
 
 
 class Capturer:
@@ -136,6 +153,7 @@ class Capturer:
             static = [_own(tensor) for tensor in inputs] if own_inputs else list(inputs)
             lane = self._spare.pop() if self._spare else self._make_lane()
             seen = self._run(static, lane)  # kernels are compiled and sizes set here, which a capture does not allow
+            self.order.leave()  # its event exists from here on
             self._own.stream.synchronize()
             results = seen if fresh_outputs else ()
             with GATE.capture():
@@ -144,8 +162,8 @@ class Capturer:
                     captured = self._capture_with_copies(inputs, static, results, lane)
                     self.copies_inside = captured is not None
                 if captured is None:
-                    graph, outputs = self._captured(lambda: self._run(static, lane), keep=not self._overlap)
-                    captured = Captured(graph.replay, static, outputs, lane)
+                    graph, outputs = self._captured(lambda: self._run(static, lane), not self._overlap, not own_inputs)
+                    captured = Captured(graph.replay, static, outputs, lane, is_whole=not own_inputs)
                 # The event that TensorRT-RTX records in each enqueue is a part of the graph until it is recorded anew.
                 self._run(static, lane)
         return captured
@@ -173,16 +191,18 @@ class Capturer:
             ends.extend((source.data_ptr(), target.data_ptr()) for source, target in pairs)
             return outputs
 
-        graph, outputs = self._captured(run, keep=True)
+        graph, outputs = self._captured(run, keep=True, is_whole=True)
         try:
             nodes = copy_nodes(graph, ends)
         except DriverError as error:
             logger.info("copies are no parts of CUDA graphs: %s", error)
             return None
         copies = Copies(nodes[: len(static)], nodes[len(static) :], sources)
-        return Captured(graph.replay, static, outputs, lane, copies)
+        return Captured(graph.replay, static, outputs, lane, copies, is_whole=True)
 
-    def _captured(self, run: Callable[[], list[torch.Tensor]], keep: bool) -> tuple[OwnGraph, list[torch.Tensor]]:
+    def _captured(
+        self, run: Callable[[], list[torch.Tensor]], keep: bool, is_whole: bool = False
+    ) -> tuple[OwnGraph, list[torch.Tensor]]:
         """Capture a call as a graph, and what it returns; `keep` for one that the driver can be asked about."""
         graph = OwnGraph(keep_graph=keep)
         try:
@@ -194,6 +214,8 @@ class Capturer:
                 self._pools_own = own
             with capturing(graph, self._device, self._pool, self._own.stream):
                 outputs = run()
+                if is_whole:
+                    graph.event = self.order.leave_in_capture()
         except BaseException:
             self._pools_own, self._own = None, own_stream(self._device)
             raise

@@ -46,9 +46,11 @@ class _Request(Generic[T]):
         self.told.acquire()
 
     def run(self) -> None:
-        """Do it in this thread; once."""
+        """Do it in this thread, whose current stream of torch stays that of the work; once."""
         try:
-            with torch.inference_mode() if self._inference else nullcontext(), torch.cuda.stream(self._stream):
+            if self._stream is not None:
+                torch.cuda.set_stream(self._stream)
+            with torch.inference_mode() if self._inference else nullcontext():
                 self._result = self._context.run(self._do)
         except BaseException as error:  # whatever it is, it is for whoever asked
             self._error = error

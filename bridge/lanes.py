@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,10 @@ from contextlib import contextmanager
 
 import torch
 
+from ..plugins.driver import check, library
 from .backends.base import Context, Executable
+
+_RECORD_EXTERNAL = 1  # CU_EVENT_RECORD_EXTERNAL: a node of the graph that is captured
 
 
 class StreamOrder:
@@ -27,16 +31,26 @@ class StreamOrder:
         self._done = torch.cuda.Event()
         self._stream: torch.cuda.Stream | None = None
         self._handle = -1
+        self._graph: object = None  # that used it last
+        self._streams: dict[int, torch.cuda.Stream] = {}
         self._known_for: set[int] = set()  # streams that the allocator knows the memory is used on; once is enough
 
-    def enter(self) -> None:
-        """Let torch's current stream wait until the memory is free, if another stream used it last."""
+    def enter(self, graph: object = None) -> None:
+        """Let torch's current stream wait until the memory is free, if another stream used it last.
+
+        Args:
+            graph: an executable CUDA graph, where a replay is all the work there is. CUDA lets replays of one wait for
+                each other whatever streams they are given to, so nothing is to be done if it was the last one, too.
+        """
         # The bare handle is known in a tenth of the time that a stream object takes.
         handle = torch._C._cuda_getCurrentRawStream(self._index)
+        last, self._graph = self._graph, graph
         if handle == self._handle:
             return
-        stream = torch.cuda.current_stream(self._device)
-        if self._stream is not None:
+        stream = self._streams.get(handle)
+        if stream is None:
+            stream = self._streams[handle] = torch.cuda.current_stream(self._device)
+        if self._stream is not None and (graph is None or graph is not last):
             stream.wait_event(self._done)
         if self.memory is not None and handle not in self._known_for:
             self.memory.record_stream(stream)
@@ -46,6 +60,22 @@ class StreamOrder:
     def leave(self) -> None:
         """Note that the stream of the last `enter` has been given work that uses the memory."""
         self._done.record(self._stream)
+
+    def leave_in_capture(self) -> object:
+        """Let replays of the graph that torch's current stream captures do what `leave` does, which was called before.
+
+        Returns:
+            What must live as long as the graph.
+
+        Raises:
+            DriverError: the driver refuses.
+        """
+        event, stream = self._done.cuda_event, torch._C._cuda_getCurrentRawStream(self._index)
+        check(
+            library().cuEventRecordWithFlags(ctypes.c_void_p(event), ctypes.c_void_p(stream), _RECORD_EXTERNAL),
+            "cuEventRecordWithFlags",
+        )
+        return self._done
 
     def wait(self) -> None:
         """Wait on the host until that work is done; not while torch's current stream is captured, which forbids it."""

@@ -54,7 +54,7 @@ def engine_step(engine: Engine) -> RunStep:
     def run(environment: Environment, context: Context | None) -> None:
         assert context is not None
         # A binding's dtype differs from the tensor's where a pass narrowed a type that the backend lacks.
-        tensors = [environment[name].to(dtype).contiguous() for name, dtype in inputs]
+        tensors = [_of(environment[name], dtype).contiguous() for name, dtype in inputs]
         environment.update(zip(outputs, context(tensors), strict=True))
 
     return run
@@ -83,7 +83,7 @@ def plugin_step(step: PluginCall, device: torch.device, dims: Mapping[str, Range
 
     def run(environment: Environment, context: Context | None) -> None:
         tensors = [
-            environment[name] if dtype is None else environment[name].to(dtype)
+            environment[name] if dtype is None else _of(environment[name], dtype)
             for name, dtype in zip(step.inputs, dtypes, strict=True)
         ]
         about_to_launch()
@@ -99,7 +99,10 @@ def plugin_step(step: PluginCall, device: torch.device, dims: Mapping[str, Range
                 f"  called at {step.origin}"
             ) from error
         for index, name, dtype in outputs:
-            environment[name] = results[index].to(device, dtype)
+            result = results[index]
+            environment[name] = (
+                result if result.device == device and result.dtype is dtype else result.to(device, dtype)
+            )
         for name, axis, most in bounded:
             if environment[name].shape[axis] > most:
                 raise ExecutionError(
@@ -159,10 +162,15 @@ class StepRunner:
         given = {tensor.data_ptr() for tensor in [*inputs, *self.constants.values()]}
         results = []
         for name, dtype in self._outputs:
-            tensor = environment[name].to(dtype)
+            tensor = _of(environment[name], dtype)
             # A result that only forwards an input or a constant is a copy, so that the caller may write to it.
             results.append(tensor.clone() if tensor.numel() and tensor.data_ptr() in given else tensor)
         return results
+
+
+def _of(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `Tensor.to` gives, which lets go of Python's lock also where it does nothing."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def last_uses(program: Program) -> list[list[str]]:

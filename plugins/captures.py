@@ -25,7 +25,12 @@ class OwnGraph(torch.cuda.CUDAGraph):
 
     torch's generator has a set of all graphs, which each enters when its capture begins and leaves when it goes, and no
     lock for it: two threads that do so at once end the process ("The graph should be registered to the state").
+
+    Attributes:
+        event: that its replays record, if any.
     """
+
+    event: object = None
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():

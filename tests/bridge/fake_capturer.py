@@ -24,7 +24,7 @@ class Order:
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    def enter(self) -> None:
+    def enter(self, graph: object = None) -> None:
         self.log.append("enter")
 
     def leave(self) -> None:

@@ -135,11 +135,15 @@ def test_eight_threads(make: Make, eager: Net, cuda: torch.device, mode: bool, o
     assert module.stats().contexts <= 3
 
 
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 9)], ids=["one graph", "two graphs"])
 @pytest.mark.parametrize("most", [1, 2])
-def test_streams_wait_for_one_another_or_not(make: Make, eager: Net, cuda: torch.device, most: int) -> None:
+def test_streams_wait_for_one_another_or_not(
+    make: Make, eager: Net, cuda: torch.device, most: int, sizes: tuple[int, int]
+) -> None:
+    """Replays of one graph by CUDA itself, those of two by an event that each graph records."""
     module = make(cuda_graphs=True, parallel_replays=most)
     slow, quick = torch.cuda.Stream(), torch.cuda.Stream()
-    a, b = arguments(4, cuda, 1), arguments(4, cuda, 2)
+    a, b = arguments(sizes[0], cuda, 1), arguments(sizes[1], cuda, 2)
     for stream, given in ((slow, a), (quick, b)):
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -155,7 +159,28 @@ def test_streams_wait_for_one_another_or_not(make: Make, eager: Net, cuda: torch
     slow.synchronize()
     close(late, eager, a)
     close(early, eager, b)
-    assert module.stats().captured_graphs == most
+    assert module.stats().captured_graphs == max(most, len(set(sizes)))
+
+
+def test_bound_calls_wait_for_other_graphs(make: Make, eager: Net, cuda: torch.device) -> None:
+    module = make(cuda_graphs=True, parallel_replays=1)
+    a, b = arguments(4, cuda, 1), arguments(9, cuda, 2)
+    call = module.bind(*b)
+    for _ in range(3):
+        module(*a)
+        call()
+    slow, quick = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for first, second in ((lambda: module(*a), call), (call, lambda: module(*a))):
+        with torch.cuda.stream(slow):
+            torch.cuda._sleep(SLEEP_CYCLES)
+            late = first()
+        with torch.cuda.stream(quick):
+            early = second()
+        quick.synchronize()
+        assert slow.query()
+        for result, given in ((late, a), (early, b)) if second is call else ((late, b), (early, a)):
+            close(result, eager, given)
 
 
 def test_streams_that_take_turns_have_two_sets_by_themselves(make: Make, eager: Net, cuda: torch.device) -> None:
