@@ -4,7 +4,9 @@ A graph holds addresses, so a call copies its inputs into the graph's own tensor
 out. Where torch hands out what that takes, these copies are parts of the graph, and a call tells them where its tensors
 are: that takes the host a fraction of what giving a copy to the device takes. All graphs of a module share one scratch
 memory and one memory pool, which is right because replays never overlap: a lock puts the calls of several threads in
-order, and an event those of several streams.
+order, and those of several streams CUDA itself, which lets replays of one graph wait for each other, or an event that
+each graph records at its end. So what a call does under the lock lets go of Python's own once, to launch: whoever takes
+that comes here, and each change from one thread to another takes as long as a small graph.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +26,7 @@ from .graph_capture import Captured, Capturer
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _Key = tuple[torch.Size, ...]
 
 _MOST_FAILURES = 3  # captures that fail one after the other, of different shapes, before none is tried any more
@@ -87,20 +91,15 @@ class GraphCache:
             captured.last_used = self._calls
             if prepared is None or captured is not known:
                 prepared = captured.prepare(inputs)
-            self._order.enter(captured if captured.is_whole else None)
             try:
-                outputs = captured.call(prepared, self._fresh_outputs)
+                captured.aim(prepared)
             except DriverError as error:
                 # Memory of some other kind than what was captured: from now on copies are made outside of graphs.
                 logger.info("copies are no parts of CUDA graphs any more: %s", error)
                 self._capturer.copies_inside = False
                 self.clear()
                 return None
-            finally:
-                if not captured.is_whole:
-                    self._order.leave()
-            self.counters["graph_replays"] += 1
-            return outputs
+            return self._in_order(captured, lambda: captured.call(prepared, self._fresh_outputs))
 
     def bind(self, inputs: Sequence[torch.Tensor]) -> Captured | None:
         """A graph that reads these very tensors, outside the cache; None where there can be none (`refusal`)."""
@@ -110,11 +109,7 @@ class GraphCache:
     def replay_bound(self, captured: Captured) -> list[torch.Tensor]:
         """Replay a graph of `bind` on torch's current stream; results are its own tensors."""
         with self.lock:
-            self._order.enter(captured if captured.is_whole else None)
-            captured.replay()
-            if not captured.is_whole:
-                self._order.leave()
-            self.counters["graph_replays"] += 1
+            self._in_order(captured, captured.replay)
             return captured.outputs
 
     def wait(self) -> None:
@@ -127,6 +122,17 @@ class GraphCache:
             self._graphs.clear()
             self._seen.clear()
             self._capturer.clear()
+
+    def _in_order(self, captured: Captured, replay: Callable[[], T]) -> T:
+        """What `replay` returns, which gives a graph to torch's current stream."""
+        self._order.enter(captured.token if captured.is_whole else None)
+        try:
+            result = replay()
+        finally:
+            if not captured.is_whole:
+                self._order.leave()
+        self.counters["graph_replays"] += 1
+        return result
 
     def _admit(self, key: _Key, inputs: Sequence[torch.Tensor]) -> Captured | None:
         """A new graph, unless these shapes are new or there is no room."""

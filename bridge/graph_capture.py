@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class Captured:
         copies: those that the graph makes by itself; None where the caller makes them.
         is_whole: a replay is all that a call gives to the device, and tells `StreamOrder` by itself that it was.
         last_used: number of the last call with it.
+        token: stands for it where a reference would be a cycle.
     """
 
     replay: Callable[[], None]
@@ -79,6 +80,7 @@ class Captured:
     copies: Copies | None = None
     is_whole: bool = False
     last_used: int = 0
+    token: object = field(default_factory=object)
 
     def prepare(self, inputs: Sequence[torch.Tensor]) -> Prepared:
         """Memory for a call, ahead of it: nothing here is of the graph, so no lock is needed."""
@@ -87,25 +89,31 @@ class Captured:
         results = [torch.empty_like(tensor) for tensor in self.outputs] if self.copies.outputs else []
         return Prepared([tensor.contiguous() for tensor in inputs], results)
 
-    def call(self, prepared: Prepared, fresh_outputs: bool) -> list[torch.Tensor]:
-        """Replay it on torch's current stream.
-
-        Args:
-            prepared: of this graph.
-            fresh_outputs: results are copies.
+    def aim(self, prepared: Prepared) -> None:
+        """Let the next replay read and write what was prepared for it.
 
         Raises:
             DriverError: one of its own copies does not take a tensor's memory: the graph is of no use any more.
         """
         if self.copies is None:
-            _copy(self.inputs, prepared.inputs)
-            self.replay()
-            return [tensor.clone() for tensor in self.outputs] if fresh_outputs else list(self.outputs)
+            return
         for copy, tensor in zip(self.copies.inputs, prepared.inputs, strict=True):
             copy.read_from(tensor.data_ptr())
         self.copies.sources = ()
         for copy, tensor in zip(self.copies.outputs, prepared.results, strict=True):
             copy.write_to(tensor.data_ptr())
+
+    def call(self, prepared: Prepared, fresh_outputs: bool) -> list[torch.Tensor]:
+        """Replay it on torch's current stream.
+
+        Args:
+            prepared: what it was aimed at.
+            fresh_outputs: results are copies.
+        """
+        if self.copies is None:
+            _copy(self.inputs, prepared.inputs)
+            self.replay()
+            return [tensor.clone() for tensor in self.outputs] if fresh_outputs else list(self.outputs)
         self.replay()
         return prepared.results or list(self.outputs)
 

@@ -2,8 +2,9 @@
 
 One graph cannot run twice at once: a replay writes to the graph's own memory. With one set, calls of several threads
 are right and take turns on the device, which small inputs leave mostly idle. Each further set has graphs, contexts and
-scratch memory of its own; weights are shared by all. Unless a number of sets is asked for there is a second one only
-where streams take turns again and again: one that warms a module up makes none.
+scratch memory of its own; weights are shared by all. Unless a number of sets is asked for there are further ones only
+where streams take turns again and again, which one that warms a module up does not, and half of the device's memory is
+free.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from .cuda_graphs import GraphCache
 
 _MOST_STREAMS = 1024  # whose set is remembered
-_AUTO_SETS = 2
+_AUTO_SETS = 4  # eight threads get in each other's way on two (docs/runtime.md)
 _AUTO_TURNS = 8  # calls right after one of another stream, before a stream has a set for good
 
 
@@ -28,13 +29,21 @@ class GraphSets:
     Args:
         make: makes a set; told whether it may find by measuring that plain calls are faster, which the first one alone
             does: later ones would measure beside other calls.
-        most: how many sets there may be: "auto" is two, made for streams that take turns.
+        most: how many sets there may be: "auto" is four, made for streams that take turns.
         stream: the handle of torch's current stream.
+        has_room: whether the device has memory for one more, which counts where no number was asked for.
     """
 
-    def __init__(self, make: Callable[[bool], GraphCache], most: int | str, stream: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        make: Callable[[bool], GraphCache],
+        most: int | str,
+        stream: Callable[[], int],
+        has_room: Callable[[], bool],
+    ) -> None:
         self._make = make
         self._most, self._turns_first = (_AUTO_SETS, _AUTO_TURNS) if isinstance(most, str) else (most, 0)
+        self._may_grow = has_room if isinstance(most, str) else lambda: True
         self._stream = stream
         self._last = -1  # stream of the last call
         self._turns: Counter[int] = Counter()  # of streams without a set
@@ -119,9 +128,9 @@ class GraphSets:
                     self._turns.clear()
                 self._turns[stream] += 1
                 return self._sets[0]
-            if self._next >= len(self._sets):
+            if self._next >= len(self._sets) and self._may_grow():
                 self._sets.append(self._make(False))
-            chosen = self._of_stream[stream] = self._sets[self._next]
+            chosen = self._of_stream[stream] = self._sets[self._next % len(self._sets)]
             self._next = (self._next + 1) % self._most
             self._turns.pop(stream, None)
             if len(self._of_stream) > _MOST_STREAMS:

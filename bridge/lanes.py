@@ -39,8 +39,8 @@ class StreamOrder:
         """Let torch's current stream wait until the memory is free, if another stream used it last.
 
         Args:
-            graph: an executable CUDA graph, where a replay is all the work there is. CUDA lets replays of one wait for
-                each other whatever streams they are given to, so nothing is to be done if it was the last one, too.
+            graph: stands for an executable CUDA graph, where a replay is all the work there is. CUDA lets replays of
+                one wait for each other whatever streams they are given to, so nothing is to be done after one of it.
         """
         # The bare handle is known in a tenth of the time that a stream object takes.
         handle = torch._C._cuda_getCurrentRawStream(self._index)

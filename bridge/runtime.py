@@ -329,7 +329,14 @@ class RunningProgram:
         def stream() -> int:
             return torch._C._cuda_getCurrentRawStream(device.index)
 
-        return GraphSets(make, options.parallel_replays, stream), ""
+        def has_room() -> bool:
+            try:
+                free, total = torch.cuda.mem_get_info(device)
+            except RuntimeError:  # as while a caller captures on another stream
+                return False
+            return free > total // 2
+
+        return GraphSets(make, options.parallel_replays, stream, has_room), ""
 
     def _own_stream(self) -> torch.cuda.Stream:
         own: OwnStream | None = getattr(self._local, "own", None)

@@ -26,7 +26,7 @@ class RuntimeOptions:
             `parallel_replays`). Where there are more, the one that was not used for longest makes room.
         parallel_replays: most replays that run at once, of calls on different streams. Each has graphs of its own, with
             contexts and scratch memory; weights are shared. With 1 they run one after the other; "auto" is 1 until
-            streams take turns again and again, and then 2.
+            streams take turns again and again, and then up to 4, as long as half of the device's memory is free.
         reuse_outputs: results of replays are the graph's own tensors, valid until the next call, in place of fresh
             ones; saves one copy.
         max_contexts: most calls that run at once; each has execution contexts and scratch memory of its own. Further

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import hashlib
 import itertools
 import os
@@ -32,10 +31,7 @@ from bench_common import BACKEND, DRY_RUN, Example, Settings, program_file
 
 import trtbridge as tb
 from trtbridge.bridge import host_thread
-from trtbridge.bridge.cuda_graphs import GraphCache
-from trtbridge.bridge.lanes import StreamOrder
 from trtbridge.bridge.runtime import RunningProgram
-from trtbridge.plugins.driver import check, library
 
 Call = Callable[[], Any]
 
@@ -126,55 +122,6 @@ def _whole_calls_in_one_lane() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _lock_kept() -> Iterator[None]:
-    """Replays never let go of Python's lock while they have the module's, so that no thread ever waits for that."""
-    as_usual = GraphCache.call
-    enter, leave = StreamOrder.enter, StreamOrder.leave
-
-    def enter_order(self: StreamOrder) -> None:
-        handle = torch._C._cuda_getCurrentRawStream(self._index)
-        streams = vars(self).setdefault("streams", {})
-        if handle not in streams:
-            enter(self)  # has torch's allocator know the stream, which is enough once
-            leave(self)
-            streams[handle] = self._stream
-        elif handle != self._handle:
-            event = ctypes.c_void_p(self._done.cuda_event)
-            check(library().cuStreamWaitEvent(ctypes.c_void_p(handle), event, 0), "cuStreamWaitEvent")
-            self._stream, self._handle = streams[handle], handle
-
-    def leave_order(self: StreamOrder) -> None:
-        event = ctypes.c_void_p(self._done.cuda_event)
-        check(library().cuEventRecord(event, ctypes.c_void_p(self._handle)), "cuEventRecord")
-
-    def call(self: GraphCache, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-        key = tuple(tensor.shape for tensor in inputs)
-        captured = self._graphs.get(key)
-        if captured is None or captured.copies is None or not captured.copies.outputs:
-            return as_usual(self, inputs)
-        plain = [tensor.contiguous() for tensor in inputs]
-        results = [torch.empty_like(tensor) for tensor in captured.outputs]
-        graph: Any = captured.replay.__self__  # type: ignore[attr-defined]
-        with self.lock:
-            self._calls += 1
-            captured.last_used = self._calls
-            enter_order(self._order)
-            for node, tensor in zip(captured.copies.inputs, plain, strict=True):
-                node.read_from(tensor.data_ptr())
-            captured.copies.sources = ()
-            for node, tensor in zip(captured.copies.outputs, results, strict=True):
-                node.write_to(tensor.data_ptr())
-            executable, stream = graph.raw_cuda_graph_exec(), self._order._handle
-            check(library().cuGraphLaunch(ctypes.c_void_p(executable), ctypes.c_void_p(stream)), "cuGraphLaunch")
-            leave_order(self._order)
-            self.counters["graph_replays"] += 1
-        return results
-
-    with mock.patch.object(GraphCache, "call", call):
-        yield
-
-
 WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "each on its own": lambda: _instead(lambda work: work()),
     "a lock": _one_at_a_time,
@@ -182,7 +129,6 @@ WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "one lane": _one_lane,
     "whole calls": _whole_calls,
     "whole calls, one lane": _whole_calls_in_one_lane,
-    "lock kept": _lock_kept,
     "as it is": nullcontext,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,14 +19,34 @@ class Refusing:
         raise DriverError("cuGraphExecMemcpyNodeSetParams failed with CUresult 1")
 
 
+class Inside:
+    """A copy inside of a graph, from or to memory of the host that a call names."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._bytes, self.address = tensor, tensor.nbytes, 0
+
+    def read_from(self, address: int) -> None:
+        self.address = address
+
+    write_to = read_from
+
+    def read(self) -> None:
+        ctypes.memmove(self._tensor.data_ptr(), self.address, self._bytes)
+
+    def write(self) -> None:
+        ctypes.memmove(self.address, self._tensor.data_ptr(), self._bytes)
+
+
 class Order:
-    """Notes when the memory is in use."""
+    """Notes when the memory is in use, and by which graph where it was told."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.graphs: list[object] = []
 
     def enter(self, graph: object = None) -> None:
         self.log.append("enter")
+        self.graphs.append(graph)
 
     def leave(self) -> None:
         self.log.append("leave")
@@ -54,13 +75,22 @@ class FakeCapturer:
         self.captured.append(tuple(inputs[0].shape))
         static = [t.detach().clone() for t in inputs] if own_inputs else list(inputs)
         outputs = [torch.zeros_like(t) for t in static]
+        is_whole = self.copies_inside and own_inputs
+        read = [Inside(t) for t in static] if is_whole else []
+        write = [Inside(t) for t in outputs] if is_whole and fresh_outputs else []
 
         def replay() -> None:
+            for copy in read:
+                copy.read()
             for target, source in zip(outputs, static, strict=True):
                 target.copy_(source * 2)
+            for copy in write:
+                copy.write()
 
-        copies = Copies(cast(Any, [Refusing()]), []) if self.copies_inside and self.refuses else None
-        return Captured(replay, static, outputs, cast(Any, None), copies)
+        copies = None
+        if is_whole:
+            copies = Copies(cast(Any, [Refusing()] if self.refuses else read), cast(Any, write))
+        return Captured(replay, static, outputs, cast(Any, None), copies, is_whole=is_whole or not own_inputs)
 
     def is_slower(self, captured: Captured) -> bool:
         return not self.faster

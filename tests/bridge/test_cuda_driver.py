@@ -174,7 +174,9 @@ def test_a_graph_with_copies_inside(fresh: bool) -> None:
     results = []
     for value in range(1, 4):
         x = torch.full((3, 2), float(value), requires_grad=value == 2).T  # in pieces, as a caller may give it
-        (result,) = captured.call(captured.prepare([x]), fresh)
+        prepared = captured.prepare([x])
+        captured.aim(prepared)
+        (result,) = captured.call(prepared, fresh)
         assert torch.equal(result, torch.full((2, 3), 2.0 * value))
         assert not result.requires_grad
         results.append(result)

@@ -20,7 +20,7 @@ from torch._higher_order_ops.scan import scan
 import trtbridge as tb
 from trtbridge.bridge import cuda_graphs, runtime
 from trtbridge.bridge.cuda_graphs import GraphCache
-from trtbridge.bridge.graph_capture import Capturer
+from trtbridge.bridge.graph_capture import Captured, Capturer
 from trtbridge.bridge.program import EngineStep, Program
 from trtbridge.bridge.runtime_steps import capture_problem
 from trtbridge.plugins import capture_gate
@@ -51,6 +51,57 @@ def test_the_second_call_with_a_shape_is_captured() -> None:
     assert capturer.captured == [(4, 3)]
     assert cache.counters == {"graph_replays": 2, "graph_captures": 1, "graph_evictions": 0}
     assert capturer.order.log == ["enter", "leave"] * 2
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_replay_that_is_all_notes_by_itself_that_it_was_given_to_the_device(fresh: bool) -> None:
+    capturer = FakeCapturer()
+    capturer.copies_inside = True
+    cache = _cache(capturer, fresh_outputs=fresh)
+    assert [_call(cache, batch, 3.0) for batch in (4, 5, 4, 5, 4, 5)] == [False, False, True, True, True, True]
+    captured = cache.bind(_x(6))
+    assert captured is not None
+    for _ in range(2):
+        torch.testing.assert_close(cache.replay_bound(captured)[0], torch.full((6, 3), 2.0))
+    assert capturer.order.log == ["enter"] * 6
+    four, five, bound = (capturer.order.graphs[index] for index in (0, 1, 4))
+    assert capturer.order.graphs == [four, five, four, five, bound, bound]
+    assert len({id(four), id(five), id(bound), id(None)}) == 4
+
+
+def test_memory_for_results_is_taken_ahead_of_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch lets go of Python's lock meanwhile, and whoever gets that would wait for this one."""
+    capturer = FakeCapturer()
+    capturer.copies_inside = True
+    cache, as_usual, held = _cache(capturer), Captured.prepare, []
+
+    def prepare(self: Captured, inputs: Any) -> Any:
+        held.append(cache.lock._is_owned())  # type: ignore[attr-defined]
+        return as_usual(self, inputs)
+
+    monkeypatch.setattr(Captured, "prepare", prepare)
+    assert [_call(cache, 4) for _ in range(4)] == [False, True, True, True]
+    assert held == [True, False, False], "the first is a graph that was captured right now"
+
+
+@pytest.mark.parametrize("then", ["none", "another"])
+def test_a_graph_that_goes_while_memory_is_taken_for_it(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    capturer = FakeCapturer()
+    capturer.copies_inside = True
+    cache, as_usual = _cache(capturer), Captured.prepare
+    assert [_call(cache, 4) for _ in range(2)] == [False, True]
+
+    def prepare(self: Captured, inputs: Any) -> Any:
+        found = as_usual(self, inputs)
+        monkeypatch.setattr(Captured, "prepare", as_usual)
+        cache.clear()  # as a refit in another thread does
+        if then == "another":
+            assert [_call(cache, 4) for _ in range(2)] == [False, True]
+        return found
+
+    monkeypatch.setattr(Captured, "prepare", prepare)
+    assert _call(cache, 4, 7.0) is (then == "another")
+    assert [_call(cache, 4, 8.0) for _ in range(2)] == [True, True]
 
 
 def test_nothing_is_captured_while_another_thread_compiles_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +173,7 @@ def test_memory_that_a_graph_cannot_copy_from_is_copied_outside_of_graphs() -> N
     assert len(cache) == 0, "all of them copy inside"
     assert [_call(cache, batch) for batch in (6, 6, 5, 5)] == [False, True] * 2
     assert cache.refusal == ""
-    assert capturer.order.log.count("enter") == capturer.order.log.count("leave")
+    assert capturer.order.log == ["enter"] * 2 + ["enter", "leave"] * 2, "nothing where nothing was launched"
 
 
 def test_shapes_that_fit_are_never_captured_again() -> None:

@@ -36,12 +36,16 @@ pytestmark = pytest.mark.usefixtures("no_collector")
 
 
 class Order:
-    """A `StreamOrder` that orders nothing."""
+    """A `StreamOrder` that orders nothing, and keeps what that keeps."""
 
     def __init__(self, device: torch.device) -> None:
         self.memory: torch.Tensor | None = None
+        self._graph: object = None
 
-    def enter(self, graph: object = None) -> None: ...
+    def enter(self, graph: object = None) -> None:
+        self._graph = graph
+
+    def wait(self) -> None: ...
 
     def leave(self) -> None: ...
 
@@ -51,6 +55,7 @@ class OneStream(Capturer):
 
     def capture(self, inputs: Sequence[torch.Tensor], own_inputs: bool = True, fresh_outputs: bool = False) -> Captured:
         lane = self._make_lane()
+        lane.order = self.order  # as on a GPU
         static = [t.clone() for t in inputs] if own_inputs else list(inputs)
         run, outputs = self._run, self._run(static, lane)
 
@@ -58,7 +63,7 @@ class OneStream(Capturer):
             for target, source in zip(outputs, run(static, lane), strict=True):
                 target.copy_(source)
 
-        return Captured(replay, static, outputs, lane)
+        return Captured(replay, static, outputs, lane, is_whole=True)
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_graphs_hold_their_lanes_and_not_the_program() -> None:
     assert running is not None
     cache = GraphCache(OneStream(running._run, running._make_lane, CPU), 4, False, True)
     made = [cache]
-    running._graphs = GraphSets(lambda _: made.pop(), 1, lambda: 0)
+    running._graphs = GraphSets(lambda _: made.pop(), 1, lambda: 0, lambda: True)
     x = torch.ones(2, 4)
     expected = module(x)
     for _ in range(3):

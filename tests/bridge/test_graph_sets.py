@@ -24,9 +24,9 @@ class Crowd:
         self.stream = 0
         self.capturers: list[FakeCapturer] = []
         self.measures: list[bool] = []
-        self.faster = True
+        self.faster = self.has_room = True
         self._measure = measure
-        self.sets = GraphSets(self._make, most, lambda: self.stream)
+        self.sets = GraphSets(self._make, most, lambda: self.stream, lambda: self.has_room)
 
     def _make(self, may_measure: bool) -> GraphCache:
         capturer = FakeCapturer()
@@ -141,7 +141,7 @@ def test_who_holds_the_sets_keeps_all_streams_waiting() -> None:
     assert crowd.sets.counters["graph_replays"] == 3
 
 
-def test_streams_that_take_turns_have_two_sets_by_themselves() -> None:
+def test_streams_that_take_turns_have_sets_by_themselves() -> None:
     crowd = Crowd(most="auto")
     for _ in range(graph_sets._AUTO_TURNS):
         for stream in range(6):
@@ -149,9 +149,32 @@ def test_streams_that_take_turns_have_two_sets_by_themselves() -> None:
     assert (crowd.sets.sets, crowd.captures) == (1, [1]), "until then they share one"
     for _ in range(2):
         calls = [crowd.call(stream) for stream in range(6)]
-    assert (crowd.sets.sets, crowd.captures) == (2, [1, 1])
+    assert (crowd.sets.sets, crowd.captures) == (4, [1, 1, 1, 1])
     assert all(calls)
-    assert Counter(map(id, crowd.sets._of_stream.values())).most_common()[0][1] == 3, "three streams each"
+    assert sorted(Counter(map(id, crowd.sets._of_stream.values())).values()) == [1, 1, 2, 2]
+
+
+def test_streams_share_the_sets_that_there_is_room_for() -> None:
+    crowd = Crowd(most="auto")
+
+    def turns(streams: range) -> None:
+        for _ in range(graph_sets._AUTO_TURNS + 3):
+            for stream in streams:
+                crowd.call(stream)
+
+    turns(range(2))
+    crowd.has_room = False
+    turns(range(8))
+    assert (crowd.sets.sets, crowd.captures) == (2, [1, 1])
+    assert sorted(Counter(map(id, crowd.sets._of_stream.values())).values()) == [4, 4]
+    crowd.has_room = True
+    turns(range(8, 12))
+    assert crowd.sets.sets == 4, "there is room again"
+    asked_for = Crowd(most=3)
+    asked_for.has_room = False
+    for stream in (1, 1, 2, 2, 3, 3):
+        asked_for.call(stream)
+    assert asked_for.sets.sets == 3
 
 
 def test_a_stream_that_warms_up_makes_no_set() -> None:

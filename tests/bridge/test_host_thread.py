@@ -21,7 +21,7 @@ from trtbridge.bridge import host_thread
 from trtbridge.bridge.host_thread import HostThread
 
 
-def _handed(one: HostThread, work: Callable[[], Any]) -> Any:
+def _handed(one: HostThread, work: Callable[[], Any], stream: Any = None) -> Any:
     """What comes of it in the thread of its own, asked for by one that has set what this one has."""
     before = one.handed_over
     release = threading.Event()
@@ -35,7 +35,7 @@ def _handed(one: HostThread, work: Callable[[], Any]) -> Any:
     until(lambda: one._busy)
     release.set()
     try:
-        return one.call(work)
+        return one.call(work, stream)
     finally:
         thread.join(10)
         assert one.handed_over == before + 1
@@ -218,6 +218,17 @@ def test_what_the_caller_has_set_goes_along() -> None:
     assert not _handed(one, lambda: torch.zeros(1)).is_inference()
     _handed(one, lambda: variable.set(8))
     assert variable.get() == 7
+
+
+def test_its_thread_has_the_stream_of_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(current, "stream", stream))
+    one, streams = HostThread(), [object(), object()]
+    current.stream = "mine"
+    for stream in (*streams, streams[0]):
+        assert _handed(one, lambda: current.stream, stream) is stream
+    assert current.stream == "mine"
+    assert one.call(lambda: current.stream, streams[1]) == "mine", "whoever makes the call himself has it already"
 
 
 def test_nothing_of_a_call_is_kept_behind_it() -> None:

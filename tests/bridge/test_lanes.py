@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
 import trtbridge as tb
+from trtbridge.bridge import lanes
 from trtbridge.bridge.lanes import Lane, LanePool, StreamOrder
+from trtbridge.plugins.driver import DriverError
 
 CPU = torch.device("cpu")
 
@@ -232,6 +235,49 @@ def test_memory_belongs_to_a_stream_as_long_as_it_works_there(monkeypatch: pytes
         current[0] = stream
         made_later.enter()
     assert [entry for entry in log if entry[0] == "in use on"] == [("in use on", 2), ("in use on", 1)]
+
+
+def test_replays_of_one_graph_wait_for_each_other_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[Any, ...]] = []
+    current, four, five = [1], object(), object()
+    event = SimpleNamespace(cuda_event=77, record=lambda stream: log.append(("done on", stream)))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(current[0], log))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: current[0], raising=False)
+    order = StreamOrder(torch.device("cuda", 0))
+    waited = []
+    for stream, graph in (
+        (1, four),
+        (2, four),
+        (1, four),
+        (2, five),
+        (2, four),
+        (1, four),
+        (2, None),
+        (1, four),
+        (2, four),
+    ):
+        current[0] = stream
+        order.enter(graph)
+        waited.append(bool(log))
+        log.clear()
+    #       four on 1  on 2   on 1   five on 2 four on 2, on 1  a call   four   four
+    assert waited == [False, False, False, True, False, False, True, True, False]
+
+    status = [0]
+    calls: list[list[int]] = []
+
+    def record(*arguments: Any) -> int:
+        calls.append([getattr(each, "value", each) for each in arguments])
+        return status[0]
+
+    monkeypatch.setattr(lanes, "library", lambda: SimpleNamespace(cuEventRecordWithFlags=record))
+    current[0] = 9
+    assert order.leave_in_capture() is event, "a graph that records it must not outlive it"
+    assert calls == [[77, 9, 1]], "the event, the stream that is captured, and that it is for those outside"
+    status[0] = 801
+    with pytest.raises(DriverError, match="cuEventRecordWithFlags failed with CUresult 801"):
+        order.leave_in_capture()
 
 
 class _Stream(int):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -204,6 +204,11 @@ def test_graphs_are_captured_changed_and_made_within_it(
         asked.append("ask")
         return []
 
+    order = SimpleNamespace(
+        memory=None,
+        leave=lambda: asked.append("note"),
+        leave_in_capture=lambda: asked.append("note each replay") or "event",
+    )
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
     monkeypatch.setattr(Capturer, "_on_own_stream", lambda self: nullcontext())
     for name, value in (
@@ -211,7 +216,7 @@ def test_graphs_are_captured_changed_and_made_within_it(
         ("capturing", capturing),
         ("wait_for_ends", wait_for_ends),
         ("copy_nodes", copy_nodes),
-        ("StreamOrder", lambda device: SimpleNamespace(memory=None)),
+        ("StreamOrder", lambda device: order),
         ("own_stream", lambda device: SimpleNamespace(stream=SimpleNamespace(synchronize=lambda: None))),
     ):
         monkeypatch.setattr(graph_capture, name, value)
@@ -224,10 +229,32 @@ def test_graphs_are_captured_changed_and_made_within_it(
     made = Capturer(run, LaneMaker([], cpu, True), cpu, overlap=False)
     made.copies_inside = own_inputs
     made._pools_own = Graph(keep_graph=True)  # type: ignore[assignment]
-    made.capture([], own_inputs)
+    captured = made.capture([], own_inputs)
     copies = ["ask"] if own_inputs else []
+    inside = ["begin", "run", "note each replay"]
     # A plain call first, which compiles kernels and may take long, and one at the end, which unties the graph.
-    assert asked == ["run", "capture", "begin", "run", "change", "instantiate", *copies, "run", "end"]
+    assert asked == ["run", "note", "capture", *inside, "change", "instantiate", *copies, "run", "end"]
+    assert captured.is_whole
+    assert captured.replay.__self__.event == "event", "it lives as long"  # type: ignore[attr-defined]
+
+
+def test_a_replay_that_copies_outside_of_its_graph_is_not_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = SimpleNamespace(memory=None, leave=lambda: None)  # and no `leave_in_capture`
+    monkeypatch.setattr(graph_capture, "StreamOrder", lambda device: order)
+    monkeypatch.setattr(graph_capture, "capturing", lambda *ignored: nullcontext())
+    monkeypatch.setattr(graph_capture, "OwnGraph", lambda keep_graph: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(
+        graph_capture,
+        "own_stream",
+        lambda device: SimpleNamespace(stream=SimpleNamespace(synchronize=lambda: None)),
+    )
+    monkeypatch.setattr(Capturer, "_on_own_stream", lambda self: nullcontext())
+    cpu = torch.device("cpu")
+    made = Capturer(lambda inputs, lane: [inputs[0] + 1], LaneMaker([], cpu, True), cpu)
+    made.copies_inside, made._pools_own = False, cast(Any, object())
+    captured = made.capture([torch.ones(2)], fresh_outputs=True)
+    assert not captured.is_whole
+    torch.testing.assert_close(captured.call(captured.prepare([torch.ones(2)]), True)[0], torch.full((2,), 2.0))
 
 
 def test_contexts_are_made_within_it(asked: list[str]) -> None:
@@ -249,7 +276,7 @@ def test_kernels_are_given_to_the_device_within_it(
 ) -> None:
     class Context:
         def execute_async_v3(self, stream: int) -> bool:
-            asked.append("enqueue")
+            asked.append(f"enqueue on {stream}")
             return works
 
     one = trt_run._Context.__new__(trt_run._Context)
@@ -257,8 +284,8 @@ def test_kernels_are_given_to_the_device_within_it(
     one._sized, one._weights, one._context = None, None, Context()  # type: ignore[assignment]
     one._device = torch.device("cpu")
     failed: list[Any] = []
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr(one, "_fail", failed.append)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     assert one._run([], (), False) == []
-    assert asked == ["enter", "enqueue", "leave"]
+    assert asked == ["enter", "enqueue on 7", "leave"]
     assert bool(failed) is not works

@@ -26,7 +26,6 @@ WAYS = (
     "one lane",
     "whole calls",
     "whole calls, one lane",
-    "lock kept",
     "as it is",
 )
 
