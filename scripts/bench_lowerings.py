@@ -79,6 +79,7 @@ LOWERINGS = {
                                      in_torch="aten::scaled_dot_product_attention"),
     "norms in PyTorch": Lowering("plugins", in_torch="aten::layer_norm"),
     "convolutions in PyTorch": Lowering("plugins, and so cuDNN's", in_torch="aten::conv2d"),
+    "products in PyTorch": Lowering("linear layers as plugins, and so cuBLAS's", in_torch="aten::linear"),
     "builder level 5": Lowering("`optimization_level=5`", lambda: {"optimization_level": 5}, rtx=True),
     GUARDS: Lowering("sums fused into convolutions and kernels that overlap: wrong now and then beside other work "
                      "(docs/runtime.md), so only to know what right results cost",

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ WAYS = (
     "each on its own",
     "a lock",
     "woken at the end",
+    "last first",
     "one lane",
     "whole calls",
     "whole calls, one lane",
@@ -78,6 +81,23 @@ def test_lanes_of_calls_that_wait(way: str, lanes: int, monkeypatch: pytest.Monk
         for x, result in zip(given, results, strict=True):
             torch.testing.assert_close(result.result(60), model(x))
     assert running._lanes.made == lanes
+
+
+def test_whoever_asked_last_comes_first_unless_another_has_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench_threads
+
+    monkeypatch.setattr(bench_threads, "_MOST_WAITED_S", 60.0)
+    queue, requests = bench_threads._LastFirst(), [SimpleNamespace() for _ in range(4)]
+    for request in requests:
+        queue.append(request)
+    assert queue.popleft() is requests[3]
+    requests[0].since -= 61.0
+    assert [queue.popleft() for _ in range(3)] == [requests[0], requests[2], requests[1]]
+    host = HostCalls(109)
+    with bench_threads.WAYS["last first"]():
+        assert isinstance(host.thread._queue, bench_threads._LastFirst)
+    assert type(host.thread._queue) is deque
 
 
 def test_a_model_needs_a_folder() -> None:
