@@ -125,12 +125,15 @@ class GraphCache:
 
     def _in_order(self, captured: Captured, replay: Callable[[], T]) -> T:
         """What `replay` returns, which gives a graph to torch's current stream."""
-        self._order.enter(captured.token if captured.is_whole else None)
+        graph = captured.token if captured.is_whole else None
+        self._order.enter(graph)
         try:
             result = replay()
-        finally:
-            if not captured.is_whole:
+        except BaseException:
+            if graph is None:  # some of it may have been given to the device; of a replay nothing was
                 self._order.leave()
+            raise
+        self._order.leave(graph)
         self.counters["graph_replays"] += 1
         return result
 

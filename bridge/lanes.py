@@ -31,7 +31,7 @@ class StreamOrder:
         self._done = torch.cuda.Event()
         self._stream: torch.cuda.Stream | None = None
         self._handle = -1
-        self._graph: object = None  # that used it last
+        self._graph: object = None  # whose replay used it last
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._known_for: set[int] = set()  # streams that the allocator knows the memory is used on; once is enough
 
@@ -44,7 +44,7 @@ class StreamOrder:
         """
         # The bare handle is known in a tenth of the time that a stream object takes.
         handle = torch._C._cuda_getCurrentRawStream(self._index)
-        last, self._graph = self._graph, graph
+        last, self._graph = self._graph, None
         if handle == self._handle:
             return
         stream = self._streams.get(handle)
@@ -57,9 +57,15 @@ class StreamOrder:
             self._known_for.add(handle)
         self._stream, self._handle = stream, handle
 
-    def leave(self) -> None:
-        """Note that the stream of the last `enter` has been given work that uses the memory."""
-        self._done.record(self._stream)
+    def leave(self, graph: object = None) -> None:
+        """Note that the stream of the last `enter` has been given work that uses the memory.
+
+        Args:
+            graph: stands for the one that was replayed, and has noted that by itself (`leave_in_capture`).
+        """
+        self._graph = graph
+        if graph is None:
+            self._done.record(self._stream)
 
     def leave_in_capture(self) -> object:
         """Let replays of the graph that torch's current stream captures do what `leave` does, which was called before.

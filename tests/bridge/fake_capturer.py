@@ -48,8 +48,9 @@ class Order:
         self.log.append("enter")
         self.graphs.append(graph)
 
-    def leave(self) -> None:
-        self.log.append("leave")
+    def leave(self, graph: object = None) -> None:
+        self.log.append("leave" if graph is None else "replayed")
+        assert graph is self.graphs[-1]
 
 
 class FakeCapturer:

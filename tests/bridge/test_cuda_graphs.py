@@ -63,10 +63,34 @@ def test_a_replay_that_is_all_notes_by_itself_that_it_was_given_to_the_device(fr
     assert captured is not None
     for _ in range(2):
         torch.testing.assert_close(cache.replay_bound(captured)[0], torch.full((6, 3), 2.0))
-    assert capturer.order.log == ["enter"] * 6
+    assert capturer.order.log == ["enter", "replayed"] * 6
     four, five, bound = (capturer.order.graphs[index] for index in (0, 1, 4))
     assert capturer.order.graphs == [four, five, four, five, bound, bound]
     assert len({id(four), id(five), id(bound), id(None)}) == 4
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_replay_that_is_interrupted(inside: bool) -> None:
+    """Copies that were made beside it are waited for; a replay that was not made is not taken for the last user."""
+    capturer = FakeCapturer()
+    capturer.copies_inside = inside
+    cache = _cache(capturer)
+    assert [_call(cache, 4) for _ in range(2)] == [False, True]
+    (captured,) = cache._graphs.values()
+    as_usual, raised = captured.replay, [KeyboardInterrupt]
+
+    def replay() -> None:
+        if raised:
+            raise raised.pop()
+        as_usual()
+
+    captured.replay = replay
+    with pytest.raises(KeyboardInterrupt):
+        _call(cache, 4)
+    assert _call(cache, 4)
+    noted = ["enter", "replayed"] if inside else ["enter", "leave"]
+    assert capturer.order.log == [*noted, *(["enter"] if inside else noted), *noted]
+    assert cache.counters["graph_replays"] == 2
 
 
 def test_memory_for_results_is_taken_ahead_of_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +197,9 @@ def test_memory_that_a_graph_cannot_copy_from_is_copied_outside_of_graphs() -> N
     assert len(cache) == 0, "all of them copy inside"
     assert [_call(cache, batch) for batch in (6, 6, 5, 5)] == [False, True] * 2
     assert cache.refusal == ""
-    assert capturer.order.log == ["enter"] * 2 + ["enter", "leave"] * 2, "nothing where nothing was launched"
+    assert capturer.order.log == ["enter", "replayed"] * 2 + ["enter", "leave"] * 2, (
+        "nothing where nothing was launched"
+    )
 
 
 def test_shapes_that_fit_are_never_captured_again() -> None:

@@ -42,12 +42,12 @@ class Order:
         self.memory: torch.Tensor | None = None
         self._graph: object = None
 
-    def enter(self, graph: object = None) -> None:
-        self._graph = graph
+    def enter(self, graph: object = None) -> None: ...
 
     def wait(self) -> None: ...
 
-    def leave(self) -> None: ...
+    def leave(self, graph: object = None) -> None:
+        self._graph = graph
 
 
 class OneStream(Capturer):

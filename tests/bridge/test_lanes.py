@@ -260,9 +260,16 @@ def test_replays_of_one_graph_wait_for_each_other_by_themselves(monkeypatch: pyt
         current[0] = stream
         order.enter(graph)
         waited.append(bool(log))
+        order.leave(graph)
         log.clear()
     #       four on 1  on 2   on 1   five on 2 four on 2, on 1  a call   four   four
     assert waited == [False, False, False, True, False, False, True, True, False]
+    current[0] = 3
+    order.enter(four)  # and no replay, as after an interrupt
+    assert not log
+    current[0] = 4
+    order.enter(four)
+    assert log == [(4, "waits")]
 
     status = [0]
     calls: list[list[int]] = []
