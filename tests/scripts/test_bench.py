@@ -95,7 +95,7 @@ def test_every_part(tmp_path: Path) -> None:
     assert rows["where"]["products 4"]["ours_ms"] > 0 < rows["where"]["products 4"]["eager_ms"]
     assert rows["where"]["attention 1"]["eager_ms"] == 0, "a linear layer has none"
     sizes = ("as usual", "one size", "a profile for each size")
-    others = (*sizes, "attention decomposed", "attention fused", "all fusions")
+    others = (*sizes, "attention decomposed", "attention fused", "all fusions", "products in PyTorch")
     for part, ways in (("sizes", sizes), ("lowerings", others)):
         assert list(rows[part]) == [f"{way} {batch}" for batch in (1, 4) for way in ways]
         assert all(row["ms"] > 0 and row["ratio"] > 0 and not row["error"] for row in rows[part].values())
