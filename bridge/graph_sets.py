@@ -129,6 +129,7 @@ class GraphSets:
                 self._turns[stream] += 1
                 return self._sets[0]
             if self._next >= len(self._sets) and self._may_grow():
+                self._next = len(self._sets)  # there may have been no room for those ahead of it
                 self._sets.append(self._make(False))
             chosen = self._of_stream[stream] = self._sets[self._next % len(self._sets)]
             self._next = (self._next + 1) % self._most
@@ -136,3 +137,12 @@ class GraphSets:
             if len(self._of_stream) > _MOST_STREAMS:
                 self._of_stream.popitem(last=False)
             return chosen
+
+
+def half_is_free(device: torch.device) -> bool:
+    """Whether half of a CUDA device's memory is free, what torch's allocator holds in reserve not counted."""
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # as it may be while a caller captures on another stream
+        return False
+    return free > total // 2

@@ -21,7 +21,7 @@ from .backends.base import Backend, Exchanging, Executable
 from .cuda_driver import capture_of, wait_for_ends
 from .cuda_graphs import GraphCache
 from .graph_capture import Capturer
-from .graph_sets import GraphSets
+from .graph_sets import GraphSets, half_is_free
 from .host_thread import HostCalls
 from .lanes import Lane, LaneMaker, LanePool
 from .program import EngineStep, Program
@@ -329,14 +329,7 @@ class RunningProgram:
         def stream() -> int:
             return torch._C._cuda_getCurrentRawStream(device.index)
 
-        def has_room() -> bool:
-            try:
-                free, total = torch.cuda.mem_get_info(device)
-            except RuntimeError:  # as while a caller captures on another stream
-                return False
-            return free > total // 2
-
-        return GraphSets(make, options.parallel_replays, stream, has_room), ""
+        return GraphSets(make, options.parallel_replays, stream, lambda: half_is_free(device)), ""
 
     def _own_stream(self) -> torch.cuda.Stream:
         own: OwnStream | None = getattr(self._local, "own", None)

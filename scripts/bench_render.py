@@ -70,8 +70,8 @@ _WORDS = {
         "Cosine is the least of a round in which every result is compared with eager; *other bits*: results that are "
         "not bit by bit what the module gives alone. Replays of one set of graphs take turns on the device: a module "
         "has four sets by itself where streams take turns, with *parallel_replays* as many as there are threads, or "
-        "*one set*. *Own modules*: one for each thread; ahead of them one thread that calls these modules in turn, "
-        "which costs it more than one module does, and in brackets how many times as many calls they make."
+        "as the row says. *Own modules*: one for each thread; ahead of them one thread that calls these modules in "
+        "turn, which costs it more than one module does, and in brackets how many times as many calls they make."
     ),
     "life": (
         "Seconds until there is a module, and of its first call; size of the engines. Each alone on the machine. "

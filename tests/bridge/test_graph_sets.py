@@ -169,7 +169,16 @@ def test_streams_share_the_sets_that_there_is_room_for() -> None:
     assert sorted(Counter(map(id, crowd.sets._of_stream.values())).values()) == [4, 4]
     crowd.has_room = True
     turns(range(8, 12))
-    assert crowd.sets.sets == 4, "there is room again"
+    assert (crowd.sets.sets, crowd.captures) == (4, [1, 1, 1, 1]), "there is room again"
+    late = Crowd(most="auto")
+    late.has_room = False
+    turns_of = [late.call(stream) for _ in range(graph_sets._AUTO_TURNS + 3) for stream in (1, 2)]
+    assert all(turns_of[1:])
+    late.has_room = True
+    for _ in range(graph_sets._AUTO_TURNS + 3):
+        for stream in (3, 1):
+            late.call(stream)
+    assert late.captures == [1, 1], "whoever has a set made takes it"
     asked_for = Crowd(most=3)
     asked_for.has_room = False
     for stream in (1, 1, 2, 2, 3, 3):
@@ -202,6 +211,22 @@ def test_the_first_set_is_there_where_another_can_have_no_graphs() -> None:
     assert crowd.call(2), "a replay, in the first one"
     assert crowd.captures == [1, 0]
     assert crowd.sets.refusal == ""
+
+
+@pytest.mark.parametrize(("free", "expected"), [(51, True), (50, False), (RuntimeError("captures"), False)])
+def test_there_is_room_while_half_of_the_memory_is_free(
+    free: int | Exception, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda", 1)
+
+    def ask(about: torch.device) -> tuple[int, int]:
+        assert about is device
+        if isinstance(free, Exception):
+            raise free
+        return free, 100
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", ask)
+    assert graph_sets.half_is_free(device) is expected
 
 
 def test_the_option() -> None:
